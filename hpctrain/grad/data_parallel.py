@@ -1,0 +1,127 @@
+"""A drop-in for torch's DistributedDataParallel over MPI."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from hpctrain.comm.engine import engine_of
+from hpctrain.errors import ExchangeError
+from hpctrain.grad import replicas
+from hpctrain.grad.overlap import Exchange, ExchangeConfig
+from hpctrain.world import World, join
+
+
+class DataParallel(nn.Module):
+    """Wraps a module so that `loss.backward()` leaves gradients averaged over all ranks.
+
+    Parameters and buffers start as those of rank 0. Every rank must run the same number of
+    backwards; within one, ranks may differ in the parameters that they use.
+
+        world = hpctrain.join()
+        model = hpctrain.DataParallel(Net())
+
+    Construction and every backward outside `no_sync` are collective.
+
+    Args:
+        module: on the host, with dense gradients. Wrap it before or after `torch.compile`.
+        config: how gradients are exchanged.
+        world: the ranks; by default those of `hpctrain.join()`.
+
+    Raises:
+        MismatchError: the module has other parameters or shapes on some rank.
+        ExchangeError: a parameter or layer cannot be exchanged; the message says what to do.
+    """
+
+    _made = 0
+
+    def __init__(
+        self, module: nn.Module, config: ExchangeConfig | None = None, *, world: World | None = None
+    ) -> None:
+        super().__init__()
+        self.module = module
+        self.world = world or join()
+        self._refuse_unsupported()
+        engine = engine_of(self.world)
+        control = engine.control
+        replicas.check_same_model(control, self.world, module)
+        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        self._frozen = [(name, p) for name, p in module.named_parameters() if not p.requires_grad]
+        DataParallel._made += 1
+        self.exchange = Exchange(
+            named, engine, config or ExchangeConfig(), name=f"gradients {DataParallel._made}"
+        )
+        replicas.broadcast_state(control, module)
+        replicas.check_same_values(control, self.world, module)
+        self.exchange.buffers = replicas.BufferSync(
+            module, self.exchange.channel, self.exchange.config.buffers, self.exchange.scratch
+        )
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward."""
+        self._prepare()
+        return self._mark(self.module(*args, **kwargs))
+
+    def __getattr__(self, name: str) -> Any:
+        """Attributes of the module are reached through the wrapper, so that code need not care."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("module"), name)
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Backward calls inside add up gradients on this rank; the next one outside averages."""
+        with self.exchange.local():
+            yield
+
+    def check_in_sync(self) -> None:
+        """Make sure that parameters have the same bits on all ranks. Collective.
+
+        Raises:
+            MismatchError: naming the ranks and the first parameter that differ.
+        """
+        replicas.check_same_values(self.exchange.engine.control, self.world, self.module)
+
+    @torch.compiler.disable
+    def _prepare(self) -> None:
+        if torch.is_grad_enabled():
+            self.exchange.check_idle()
+            for name, parameter in self._frozen:
+                if parameter.requires_grad:
+                    raise ExchangeError(
+                        f"parameter {name} was frozen when DataParallel was made and is not now",
+                        fix="wrap the module again after changing requires_grad",
+                        everywhere=True,
+                    )
+
+    @torch.compiler.disable
+    def _mark(self, outputs: Any) -> Any:
+        """Have the exchange notice when backward enters the graph of this forward.
+
+        The hook of an output belongs to the outermost backward. Hooks of parameters may run in
+        a backward nested inside, under re-entrant checkpointing, which ends too early.
+        """
+        if torch.is_grad_enabled():
+            for tensor in tree_leaves(outputs):
+                if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+                    tensor.register_hook(self._entered)
+        return outputs
+
+    def _entered(self, gradient: torch.Tensor) -> None:
+        self.exchange.begin()
+
+    def _refuse_unsupported(self) -> None:
+        """Refuse layers that would fail in the first backward or go wrong silently."""
+        for name, layer in self.module.named_modules():
+            if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)) and layer.sparse:
+                raise ExchangeError(
+                    f"layer {name or 'module'} produces sparse gradients",
+                    fix=f"make it {type(layer).__name__}(..., sparse=False)",
+                    everywhere=True,
+                )

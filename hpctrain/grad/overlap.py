@@ -1,0 +1,370 @@
+"""Which block goes on the wire, and when.
+
+The way of one step, on every rank:
+
+1. Backward finishes a parameter's gradient; its hook moves it into the block's slab.
+2. When the last gradient of a block is there, the block is ready. Ready blocks are *released*
+   to the engine in the agreed order, never in the order of arrival, so that ranks cannot cross.
+3. When backward ends, blocks that are still incomplete (unused parameters, a branch that this
+   rank did not take) are released as they are, and the call waits for all of them.
+
+So `loss.backward()` returns with averaged gradients. The order is agreed in the first step:
+blocks are laid out in the order in which the lowest rank that ran backward finished its
+gradients. That first step exchanges everything after backward, which also shows how often
+each parameter's gradient arrives (more than once under re-entrant checkpointing).
+
+A gradient is moved, once, into its slab, and autograd's own tensor is freed at the same time.
+Attaching zeroed views before backward would avoid that copy, but costs a pass to zero the
+slab and one to read it back while accumulating, and was slower for every model measured
+(benchmarks/results, "gradient views"). Gradients that the program keeps between backwards, with
+`no_sync` or `zero_grad(set_to_none=False)`, stay views and are accumulated in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd import Variable
+
+from hpctrain.comm import reduce
+from hpctrain.comm.collect import all_gather, broadcast
+from hpctrain.comm.engine import PROGRESS_MODES, Channel, Engine
+from hpctrain.comm.measure import choose_progress
+from hpctrain.comm.memory import Scratch
+from hpctrain.config import check, option
+from hpctrain.errors import ExchangeError
+from hpctrain.grad.blocks import Block, move, partition
+from hpctrain.grad.replicas import BUFFER_MODES, BufferSync
+from hpctrain.trace import COMPUTE, now_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExchangeConfig:
+    """How gradients get from each rank to all ranks."""
+
+    mode: str = option("allreduce", choices=("allreduce",))
+    """Every rank computes its share of the batch; gradients are averaged over all ranks."""
+    overlap: bool = True
+    """Send a block while backward computes the next; false sends all blocks after backward."""
+    block_bytes: int = option(4 << 20, minimum=1)
+    """Largest block, unless a single parameter is larger."""
+    wire: str = option("same", choices=tuple(reduce.WIRE_DTYPES))
+    """Element type on the wire: the gradient's own, or a 16-bit one that is summed in float32."""
+    way: str = option("auto", choices=("auto", *reduce.WAYS))
+    """How a block is summed; see hpctrain.comm.reduce."""
+    deterministic: bool = False
+    """Sum in rank order: the same bits from run to run and for any block size."""
+    buffers: str = option("broadcast", choices=BUFFER_MODES)
+    """What happens to the model's buffers after each step; see grad.replicas.BufferSync."""
+    progress: str = option("auto", choices=("auto", *PROGRESS_MODES))
+    """Who calls MPI while backward runs; auto takes the faster in a short trial at start."""
+    in_flight: int = option(4, minimum=1)
+    """Blocks on the wire at a time; bounds the memory for messages."""
+    deadline_s: float = option(300.0, above=0)
+    """An operation that is not finished by then ends the run, naming the ranks it waits for."""
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.way == "native" and (self.deterministic or self.wire != "same"):
+            raise ExchangeError(
+                "way = 'native' sums in an order and a type that the MPI library chooses",
+                allowed="way = 'direct' or 'auto' with deterministic = true or a 16-bit wire",
+            )
+
+
+class Exchange:
+    """Averages the gradients of a fixed list of parameters over all ranks.
+
+    Made by `DataParallel`. Collective in the same order on all ranks.
+
+    Args:
+        named: name and parameter of everything that is trained.
+        engine: the process's engine.
+        config: how to exchange.
+        name: names the channel in reports.
+
+    Raises:
+        ExchangeError: a parameter cannot be exchanged.
+    """
+
+    def __init__(
+        self,
+        named: Sequence[tuple[str, nn.Parameter]],
+        engine: Engine,
+        config: ExchangeConfig,
+        name: str = "gradients",
+    ) -> None:
+        self.names = [name for name, _ in named]
+        self.parameters = [parameter for _, parameter in named]
+        for parameter_name, parameter in named:
+            _refuse_unsupported(parameter_name, parameter)
+        self.config = config
+        self.engine = engine
+        self.world = engine.world
+        self.channel: Channel = engine.channel(name, config.in_flight)
+        self.scratch = Scratch()
+        self.buffers: BufferSync | None = None
+        self.weight = 1.0 / self.world.size
+        """This rank's share of the step's samples, for averaging buffers."""
+        self.exposed_s = 0.0
+        """How long the last step waited for the wire after its backward had ended."""
+        engine.deadline_s = config.deadline_s
+        engine.progress = choose_progress(engine) if config.progress == "auto" else config.progress
+
+        self._blocks: list[Block] | None = None
+        self._restored_order: list[int] | None = None
+        self._local = False
+        self._armed = False
+        self._next = 0
+        self._arrivals: list[int] = [1] * len(self.parameters)
+        self._due: list[int] = []
+        self._observed: dict[int, int] = {}
+        self._observed_arrivals = [0] * len(self.parameters)
+        self._hooks = [
+            parameter.register_post_accumulate_grad_hook(self._observer(index))
+            for index, parameter in enumerate(self.parameters)
+        ]
+
+    @property
+    def blocks(self) -> Sequence[Block]:
+        """Blocks in the agreed order; empty before the first step."""
+        return self._blocks or ()
+
+    @contextmanager
+    def local(self) -> Iterator[None]:
+        """Backward calls inside keep their gradients on this rank, to be added up."""
+        before, self._local = self._local, True
+        try:
+            yield
+        finally:
+            self._local = before
+
+    def begin(self) -> None:
+        """A backward has begun: exchange when it ends. Called from inside backward."""
+        if not self._local and not self._armed:
+            self._armed = True
+            Variable._execution_engine.queue_callback(self.finish)
+
+    def check_idle(self) -> None:
+        """Refuse to go on after a backward that failed with blocks already on the wire."""
+        if self._armed and torch._C._current_graph_task_id() == -1:
+            raise ExchangeError(
+                "the last backward did not finish, so this rank and the others no longer "
+                "agree on which gradients were exchanged",
+                where=f"{self.world.name_of(self.world.rank)}, {self.world.position}",
+                fix="let the exception end the run, and resume from a checkpoint",
+            )
+
+    def finish(self) -> None:
+        """Release what is left and wait until every gradient is the average. Collective.
+
+        Runs by itself at the end of backward. A rank that has no samples in a step, and so no
+        backward, calls it instead.
+        """
+        ended_s = now_s()
+        if self._blocks is None:
+            self._build()
+        assert self._blocks is not None
+        for block in self._blocks[self._next :]:
+            block.fill()
+            self._release(block)
+        if self.buffers:
+            self.buffers.post(self.weight)
+        for block in self._blocks:
+            if block.ticket:
+                self.engine.wait(block.ticket)
+            block.settle()
+        if self.buffers:
+            self.buffers.finish()
+        self._reset()
+        self.exposed_s = now_s() - ended_s
+        self.world.trace.add(COMPUTE, "wait for the wire", ended_s, ended_s + self.exposed_s)
+
+    def gradient_norm(self) -> torch.Tensor:
+        """Euclidean norm of all averaged gradients together, float64. The same bits on all ranks.
+
+        Between `finish` and the next backward; needs no communication.
+        """
+        if not self.blocks:
+            return torch.zeros((), dtype=torch.float64)
+        norms: Sequence[torch.Tensor] = torch._foreach_norm(
+            [block.gradients for block in self.blocks]
+        )
+        total: torch.Tensor = torch.stack([norm.double() for norm in norms]).norm()
+        return total
+
+    def scale_gradients(self, factor: float) -> None:
+        """Multiply every averaged gradient by `factor`."""
+        torch._foreach_mul_([block.gradients for block in self.blocks], factor)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The agreed order, so that a resumed run overlaps from its first step on."""
+        order = [index for block in self.blocks for index in block.members]
+        return {"order": order, "arrivals": list(self._arrivals)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the order of an earlier run. Collective, before the first backward."""
+        if sorted(state["order"]) == list(range(len(self.parameters))) and self._blocks is None:
+            self._arrivals = list(state["arrivals"])
+            self._lay_out(state["order"])
+
+    # ------------------------------------------------------------------ hooks
+
+    def _observer(self, index: int) -> Callable[[torch.Tensor], None]:
+        """Hook of the first step: note when and how often the gradient arrives."""
+
+        def observe(parameter: torch.Tensor) -> None:
+            if not self._local:
+                self.begin()
+                self._observed.pop(index, None)
+                self._observed[index] = len(self._observed)
+                self._observed_arrivals[index] += 1
+
+        return observe
+
+    def _deliverer(self, index: int, block: Block, view: torch.Tensor) -> Callable[..., None]:
+        """Hook of all later steps. Runs once a parameter and step, so it looks nothing up twice."""
+        overlap = self.config.overlap
+        poll = self.engine.poll
+
+        def deliver(parameter: nn.Parameter) -> None:
+            if parameter.grad is not view:
+                if parameter.grad is None or parameter.grad.is_sparse:
+                    raise _unusable(self.names[index])
+                move(parameter, view)
+            if self._local:
+                return
+            if not self._armed:
+                self.begin()
+            if not overlap:
+                return
+            self._due[index] -= 1
+            if self._due[index] == 0:
+                block.missing -= 1
+                if block.missing == 0 and self._next == block.index:
+                    self._release_ready()
+            elif block.released:
+                raise _late(self.names[index], block)
+            poll()
+
+        return deliver
+
+    # ------------------------------------------------------------------ blocks
+
+    def _build(self) -> None:
+        """Agree on the order that the first backward showed, and make the blocks."""
+        seen = sorted(self._observed, key=self._observed.__getitem__)
+        unseen = [i for i in reversed(range(len(self.parameters))) if i not in self._observed]
+        ran = all_gather(self.engine.control, len(seen), label="order of blocks")
+        speaker = ran.index(max(ran))
+        order, arrivals = broadcast(
+            self.engine.control,
+            (seen + unseen, self._observed_arrivals),
+            speaker,
+            label="order of blocks",
+        )
+        self._arrivals = [max(1, count) for count in arrivals]
+        self._lay_out(order)
+
+    def _lay_out(self, order: Sequence[int]) -> None:
+        """Make the blocks, block by block, so that never two copies of all gradients exist."""
+        groups = partition(
+            order,
+            [p.numel() * p.element_size() for p in self.parameters],
+            [p.dtype for p in self.parameters],
+            self.config.block_bytes,
+            self.config.block_bytes // 4,
+        )
+        self._blocks = []
+        for members in groups:
+            block = Block(len(self._blocks), members, [self.parameters[i] for i in members])
+            for index, parameter, view in zip(members, block.parameters, block.views, strict=True):
+                self._hooks[index].remove()
+                self._hooks[index] = parameter.register_post_accumulate_grad_hook(
+                    self._deliverer(index, block, view)
+                )
+                if parameter.grad is not None:
+                    if parameter.grad.is_sparse:
+                        raise _unusable(self.names[index])
+                    move(parameter, view)
+            self._blocks.append(block)
+        self._operations = [self._operation(block) for block in self._blocks]
+        self._reset()
+
+    def _operation(self, block: Block) -> Any:
+        dtype = block.slab.tensor.dtype
+        wire = reduce.WIRE_DTYPES[self.config.wire]
+        if dtype.itemsize <= 2:
+            wire = None
+        way = self.config.way
+        if way == "auto" or (way == "native" and dtype not in (torch.float32, torch.float64)):
+            way = reduce.choose(self.world.size, dtype, wire, self.config.deterministic)
+        return reduce.all_reduce(way, block.slab, 1.0 / self.world.size, wire, self.scratch)
+
+    def _release_ready(self) -> None:
+        """Release every block from the next one on that is complete, in order."""
+        assert self._blocks is not None
+        while self._next < len(self._blocks) and self._blocks[self._next].missing == 0:
+            block = self._blocks[self._next]
+            block.flags.fill_(1)
+            self._release(block)
+
+    def _release(self, block: Block) -> None:
+        block.released = True
+        self._next += 1
+        if self.world.size > 1:
+            block.ticket = self.channel.post(
+                self._operations[block.index], block.label, block.slab.nbytes
+            )
+
+    def _reset(self) -> None:
+        self._armed = False
+        self._next = 0
+        self._due = list(self._arrivals)
+        for block in self.blocks:
+            block.missing = len(block.members)
+            block.released = False
+            block.ticket = None
+
+
+def _refuse_unsupported(name: str, parameter: nn.Parameter) -> None:
+    """Refuse, before the first step, what would fail or go wrong silently later.
+
+    Raises:
+        ExchangeError: naming the parameter and what to do.
+    """
+    if isinstance(parameter, nn.parameter.UninitializedParameter):
+        what, fix = "has no shape yet", "run one forward pass before DataParallel"
+    elif parameter.device.type != "cpu":
+        what = f"is on {parameter.device}"
+        fix = "keep the model on the CPU; gradients in device memory are not exchanged yet"
+    elif type(parameter.data) is not torch.Tensor:
+        what = f"is a {type(parameter.data).__name__}"
+        fix = "use plain tensors; sharded and quantized ones have no gradient of their own here"
+    elif not (parameter.dtype.is_floating_point or parameter.dtype.is_complex):
+        what, fix = f"has dtype {parameter.dtype}", "make it a buffer"
+    elif parameter.dtype.itemsize < 2 or parameter.dtype == torch.complex32:
+        what, fix = f"has dtype {parameter.dtype}", "keep a 16-bit or wider copy for training"
+    else:
+        return
+    raise ExchangeError(f"parameter {name} {what}", fix=fix, everywhere=True)
+
+
+def _unusable(name: str) -> ExchangeError:
+    return ExchangeError(
+        f"the gradient of parameter {name} is sparse or was taken away by another hook",
+        fix="use nn.Embedding(..., sparse=False), and do not clear gradients from hooks",
+    )
+
+
+def _late(name: str, block: Block) -> ExchangeError:
+    return ExchangeError(
+        f"the gradient of parameter {name} grew after {block.label} went on the wire: its "
+        "gradient arrives more often than in the first step",
+        fix="checkpoint with use_reentrant=False, or exchange after backward with overlap = false",
+    )

@@ -1,0 +1,155 @@
+"""The same model on every rank: checked by name and shape, set equal, and its buffers kept so."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from hpctrain.comm import reduce
+from hpctrain.comm.collect import all_gather, broadcast, broadcast_tensor
+from hpctrain.comm.engine import Channel, Ticket
+from hpctrain.comm.memory import Scratch, Slab
+from hpctrain.errors import MismatchError
+from hpctrain.world import World
+
+Signature = list[tuple[str, str]]
+"""Name of each parameter or buffer, and what must agree about it."""
+
+BUFFER_MODES = ("broadcast", "average", "local")
+
+
+def signature(module: nn.Module) -> Signature:
+    """What must be equal on all ranks, before a single value is compared."""
+    parameters = [
+        (f"parameter {name}", f"{_shape(p)}, requires_grad={p.requires_grad}")
+        for name, p in module.named_parameters()
+    ]
+    return parameters + [(f"buffer {name}", _shape(b)) for name, b in module.named_buffers()]
+
+
+def difference(root: Signature, other: Signature) -> str | None:
+    """The first way in which another rank's model is not the root's, or None."""
+    mine, theirs = dict(root), dict(other)
+    for name, facts in root:
+        if name not in theirs:
+            return f"has no {name}, which rank 0 has"
+        if theirs[name] != facts:
+            return f"{name} is {theirs[name]}, but on rank 0 {facts}"
+    for name, _ in other:
+        if name not in mine:
+            return f"has {name}, which rank 0 has not"
+    if [name for name, _ in root] != [name for name, _ in other]:
+        return "holds its parameters in another order than rank 0"
+    return None
+
+
+def check_same_model(channel: Channel, world: World, module: nn.Module) -> None:
+    """Make sure that all ranks hold the same model. Collective.
+
+    Raises:
+        MismatchError: on every rank, naming each rank that differs and its first difference.
+    """
+    own = signature(module)
+    found = difference(broadcast(channel, own, label="model check"), own)
+    _raise_together(channel, world, found, "the model is not the same on all ranks")
+
+
+def check_same_values(channel: Channel, world: World, module: nn.Module) -> None:
+    """Make sure that parameters have the same bits on all ranks. Collective.
+
+    Raises:
+        MismatchError: on every rank, naming each rank that differs and its first parameter.
+    """
+    named = list(module.named_parameters())
+    own = [_checksum(parameter) for _, parameter in named]
+    root = broadcast(channel, own, label="parameter check")
+    differing = [name for (name, _), a, b in zip(named, own, root, strict=True) if a != b]
+    found = f"parameter {differing[0]} has other values than on rank 0" if differing else None
+    _raise_together(channel, world, found, "parameters have drifted apart")
+
+
+def _raise_together(channel: Channel, world: World, found: str | None, what: str) -> None:
+    lines = [
+        f"{world.name_of(rank)} {text}"
+        for rank, text in enumerate(all_gather(channel, found, label="model check"))
+        if text
+    ]
+    if lines:
+        raise MismatchError(
+            what,
+            where="; ".join(lines[:4]) + (f" and {len(lines) - 4} more" if lines[4:] else ""),
+            fix="build the model in the same way on every rank, without branches on the rank",
+            everywhere=True,
+        )
+
+
+def broadcast_state(channel: Channel, module: nn.Module) -> None:
+    """Overwrite all parameters and buffers by the root's. Collective."""
+    tickets = []
+    copies = []
+    for tensor in (*module.parameters(), *module.buffers()):
+        data = tensor.detach()
+        flat = data if data.is_contiguous() else data.contiguous()
+        if flat is not data:
+            copies.append((data, flat))
+        tickets.append(channel.post(broadcast_tensor(flat), "initial parameters"))
+    for ticket in tickets:
+        channel.engine.wait(ticket)
+    for data, flat in copies:
+        data.copy_(flat)
+
+
+class BufferSync:
+    """Makes the module's buffers (batch-norm statistics, say) equal on all ranks after a step.
+
+    Args:
+        module: whose buffers.
+        channel: on which they travel.
+        mode: ``broadcast`` takes the root's; ``average`` the mean over ranks of floating-point
+            buffers and the root's of all others; ``local`` leaves each rank its own.
+    """
+
+    def __init__(self, module: nn.Module, channel: Channel, mode: str, scratch: Scratch) -> None:
+        self._channel = channel
+        self._scratch = scratch
+        self._mode = mode
+        groups: dict[torch.dtype, list[torch.Tensor]] = {}
+        if mode != "local" and channel.size > 1:
+            for buffer in module.buffers():
+                if buffer.numel():
+                    groups.setdefault(buffer.dtype, []).append(buffer)
+        self._groups = groups
+        self._under_way: list[tuple[Ticket, torch.Tensor, Sequence[torch.Tensor]]] = []
+
+    def post(self, weight: float) -> None:
+        """Start; every rank must. `weight` is this rank's share of the step's samples."""
+        for dtype, buffers in self._groups.items():
+            flat = torch.cat([buffer.detach().flatten() for buffer in buffers])
+            operation = broadcast_tensor(flat)
+            if self._mode == "average" and dtype.is_floating_point:
+                flat.mul_(weight)
+                operation = reduce.all_reduce("direct", Slab(flat), 1.0, None, self._scratch)
+            ticket = self._channel.post(operation, "buffers", flat.numel() * dtype.itemsize)
+            self._under_way.append((ticket, flat, buffers))
+
+    def finish(self) -> None:
+        """Wait for what `post` started and store it."""
+        for ticket, flat, buffers in self._under_way:
+            self._channel.engine.wait(ticket)
+            with torch.no_grad():
+                for buffer, part in zip(
+                    buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True
+                ):
+                    buffer.copy_(part.view(buffer.shape))
+        self._under_way = []
+
+
+def _shape(tensor: torch.Tensor) -> str:
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def _checksum(tensor: torch.Tensor) -> int:
+    return zlib.crc32(tensor.detach().flatten().contiguous().view(torch.uint8).numpy().data)

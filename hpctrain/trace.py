@@ -1,0 +1,105 @@
+"""What happened when, on this rank: spans and counters, written as one JSON object a line.
+
+Times are seconds of this process's monotonic clock. `offset_s`, measured once against rank 0,
+brings the files of all ranks onto one clock: time on rank 0 = own time + offset.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+now_s = time.perf_counter
+
+COMPUTE = "compute"
+"""Track of what the main thread does: data, forward, backward, optimizer."""
+WIRE = "wire"
+"""Track of operations in flight, from their start to their end."""
+
+
+class Trace:
+    """Collects spans in memory and appends them to a file when told to.
+
+    Recording costs one tuple and one list append; while `active` is false it costs one test.
+    Appends come from several threads, which is safe for a list; `flush` belongs to one thread.
+    """
+
+    def __init__(self) -> None:
+        self.active = False
+        self.offset_s = 0.0
+        self._path: Path | None = None
+        self._rank = 0
+        self._spans: list[tuple[str, str, float, float, dict[str, Any]]] = []
+
+    def open(self, path: Path, rank: int) -> None:
+        """Write to `path` from now on, appending to what an earlier session wrote there."""
+        self._path, self._rank = path, rank
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.write(json.dumps({"rank": rank, "offset_s": self.offset_s}) + "\n")
+        self.active = True
+
+    def add(self, track: str, name: str, start_s: float, end_s: float, **facts: Any) -> None:
+        """Record one span; `facts` must be plain JSON values."""
+        if self.active:
+            self._spans.append((track, name, start_s, end_s, facts))
+
+    @contextmanager
+    def span(self, name: str, track: str = COMPUTE, **facts: Any) -> Iterator[None]:
+        """Record the time spent inside a `with` block."""
+        if not self.active:
+            yield
+            return
+        start_s = now_s()
+        try:
+            yield
+        finally:
+            self._spans.append((track, name, start_s, now_s(), facts))
+
+    def take(self) -> list[tuple[str, str, float, float, dict[str, Any]]]:
+        """Hand over, and forget, what was recorded since the last call."""
+        spans, self._spans = self._spans, []
+        return spans
+
+    def flush(self) -> None:
+        """Append what was recorded to the file."""
+        if self._path is None or not self._spans:
+            return
+        lines = [
+            json.dumps({"track": track, "name": name, "start_s": start_s, "end_s": end_s, **facts})
+            for track, name, start_s, end_s, facts in self.take()
+        ]
+        with self._path.open("a") as file:
+            file.write("\n".join(lines) + "\n")
+
+
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    """The spans of one rank's file, with times moved onto the clock of rank 0.
+
+    A resumed run appends a header and spans to the same file; a line cut off by a kill is
+    passed over.
+
+    Yields:
+        Dicts with `rank`, `session` (0 for the first), `track`, `name`, `start_s`, `end_s` and
+        the span's own facts.
+    """
+    header: dict[str, Any] = {"rank": 0, "offset_s": 0.0}
+    session = -1
+    with path.open() as file:
+        for line in file:
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if "offset_s" in entry:
+                header = entry
+                session += 1
+                continue
+            entry["rank"], entry["session"] = header["rank"], session
+            entry["start_s"] += header["offset_s"]
+            entry["end_s"] += header["offset_s"]
+            yield entry

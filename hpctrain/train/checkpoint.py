@@ -1,0 +1,257 @@
+"""Checkpoints: all state of a run, complete or not there at all.
+
+A checkpoint is a folder. It is written under another name, every file is synced, a manifest
+with the size and SHA-256 of each file comes last, and a rename makes it visible. Reading starts
+at the newest folder and goes back until every file of one matches its manifest, on all ranks.
+Files are read with `weights_only=True`, which executes nothing from them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import random
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hpctrain.comm.collect import all_gather, barrier_on, broadcast
+from hpctrain.comm.engine import Channel
+from hpctrain.config import check, option
+from hpctrain.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+_log = logging.getLogger("hpctrain")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When checkpoints are written and how many are kept."""
+
+    every: int = option(500, minimum=0)
+    """Steps between two checkpoints; 0 for one at the end only."""
+    keep: int = option(2, minimum=1)
+    """Newest checkpoints that are kept."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+def save(
+    channel: Channel,
+    folder: Path,
+    step: int,
+    shared: Mapping[str, Any],
+    own: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    keep: int,
+) -> Path:
+    """Write a checkpoint. Collective.
+
+    Args:
+        channel: over all ranks.
+        folder: of all checkpoints of the run, visible to all ranks.
+        step: number of steps done.
+        shared: state that is the same on all ranks, one file a key; rank 0 writes it.
+        own: state of this rank.
+        facts: plain values for the manifest.
+        keep: newest checkpoints that stay.
+
+    Raises:
+        CheckpointError: on every rank, when a file cannot be written; older ones are intact.
+    """
+    name = f"step-{step:09d}"
+    side = folder / f".{name}.partial"
+    failure = _attempt(lambda: _begin(side)) if channel.rank == 0 else None
+    barrier_on(channel, "checkpoint begun")
+    written: dict[str, dict[str, Any]] = {}
+
+    def write() -> None:
+        if channel.rank == 0:
+            for key, value in shared.items():
+                written[f"{key}.pt"] = _write(side / f"{key}.pt", value)
+        written[_own_name(channel.rank)] = _write(side / _own_name(channel.rank), own)
+
+    failure = failure or _attempt(write)
+    everyone = all_gather(channel, (written, failure), label="checkpoint written")
+    failures = [text for _, text in everyone if text]
+    if not failures:
+        files = {name: entry for entries, _ in everyone for name, entry in entries.items()}
+        manifest = {"format": FORMAT, "step": step, "ranks": channel.size, **facts, "files": files}
+        if channel.rank == 0:
+            failure = _attempt(lambda: _publish(side, folder / name, manifest))
+        failures = [text for text in broadcast(channel, [failure], label="checkpoint") if text]
+    if failures:
+        raise CheckpointError(
+            "the checkpoint could not be written; the one before it is untouched",
+            value=failures[0],
+            where=str(folder),
+            fix="free space or make the folder writable, then run the job again: it resumes",
+            everywhere=True,
+        )
+    if channel.rank == 0:
+        for old in complete_names(folder)[keep:]:
+            shutil.rmtree(folder / old, ignore_errors=True)
+    return folder / name
+
+
+def complete_names(folder: Path) -> list[str]:
+    """Names of the checkpoints of a folder that were finished, newest first. Reads no content."""
+    if not folder.is_dir():
+        return []
+    return sorted((p.parent.name for p in folder.glob(f"step-*/{MANIFEST}")), reverse=True)
+
+
+def load_newest(channel: Channel, folder: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """Read the newest checkpoint that is intact on all ranks. Collective.
+
+    Returns:
+        The state, one key a file, with this rank's own under ``own`` (None when the checkpoint
+        was written by another number of ranks), and the manifest; or None if there is none.
+
+    Raises:
+        CheckpointError: there are checkpoints, but none is intact.
+    """
+    names = broadcast(channel, complete_names(folder), label="checkpoint")
+    for name in names:
+        read: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        failure = _attempt(partial(_read_into, read, folder / name, channel))
+        failures = all_gather(channel, failure, label="checkpoint read")
+        bad = [f"rank {rank}: {text}" for rank, text in enumerate(failures) if text]
+        if not bad:
+            return read[0]
+        if channel.rank == 0:
+            _log.warning("checkpoint %s is damaged and passed over: %s", folder / name, bad[0])
+    if names:
+        raise CheckpointError(
+            f"none of {len(names)} checkpoints is intact",
+            where=str(folder),
+            fix="start anew with --fresh, or restore the folder from a copy",
+            everywhere=True,
+        )
+    return None
+
+
+def generator_state() -> dict[str, Any]:
+    """The state of every random generator of this process, as tensors and plain values."""
+    version, words, gauss = random.getstate()
+    numpy_state: Any = np.random.get_state(legacy=False)
+    return {
+        "python": {"version": version, "words": torch.tensor(words), "gauss": gauss},
+        "numpy": {
+            "name": numpy_state["bit_generator"],
+            "key": torch.from_numpy(numpy_state["state"]["key"].astype(np.int64)),
+            "position": int(numpy_state["state"]["pos"]),
+            "has_gauss": int(numpy_state["has_gauss"]),
+            "gauss": float(numpy_state["gauss"]),
+        },
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore_generators(state: Mapping[str, Any]) -> None:
+    """Set every random generator of this process to a state from `generator_state`."""
+    python, numpy_state = state["python"], state["numpy"]
+    random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
+    np.random.set_state(
+        {
+            "bit_generator": numpy_state["name"],
+            "state": {
+                "key": numpy_state["key"].numpy().astype(np.uint32),
+                "pos": numpy_state["position"],
+            },
+            "has_gauss": numpy_state["has_gauss"],
+            "gauss": numpy_state["gauss"],
+        }
+    )
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def _own_name(rank: int) -> str:
+    return f"rank-{rank:05d}.pt"
+
+
+def _attempt(action: Any) -> str | None:
+    """Run `action`; what went wrong as text, so that ranks can tell each other."""
+    try:
+        action()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _begin(side: Path) -> None:
+    shutil.rmtree(side, ignore_errors=True)
+    side.mkdir(parents=True)
+
+
+def _write(path: Path, value: Any) -> dict[str, Any]:
+    """Write and sync one file; its entry in the manifest."""
+    with path.open("wb") as file:
+        torch.save(value, file)
+        file.flush()
+        os.fsync(file.fileno())
+    return _entry(path)
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for chunk in iter(lambda: file.read(1 << 20), b""):
+            digest.update(chunk)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _publish(side: Path, final: Path, manifest: Mapping[str, Any]) -> None:
+    """Write the manifest, then make the checkpoint visible in one step."""
+    with (side / MANIFEST).open("w") as file:
+        json.dump(manifest, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    _sync_folder(side)
+    replaced = final.with_name(f".{final.name}.replaced")
+    if final.exists():
+        final.rename(replaced)
+    side.rename(final)
+    _sync_folder(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _read_into(
+    read: list[tuple[dict[str, Any], dict[str, Any]]], folder: Path, channel: Channel
+) -> None:
+    """Check and read the files that this rank needs; add state and manifest to `read`."""
+    manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+    if manifest["format"] != FORMAT:
+        raise CheckpointError("unknown format", value=manifest["format"], allowed=str(FORMAT))
+    state: dict[str, Any] = {"own": None}
+    for name, entry in manifest["files"].items():
+        is_own = name.startswith("rank-")
+        if is_own and (manifest["ranks"] != channel.size or name != _own_name(channel.rank)):
+            continue
+        path = folder / Path(name).name
+        if _entry(path) != entry:
+            raise CheckpointError("content does not match its hash", where=str(path))
+        value = torch.load(path, map_location="cpu", weights_only=True)
+        state["own" if is_own else name.removesuffix(".pt")] = value
+    read.append((state, manifest))

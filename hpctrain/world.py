@@ -1,0 +1,345 @@
+"""Who am I among the ranks: rank, node, role, device. The sole owner of COMM_WORLD.
+
+`join` is the first thing that a program does with hpctrain. It checks that launcher and MPI
+library belong together, gives each rank its share of the cores, and makes sure that an
+exception in one rank ends all of them.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Flag, auto
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hpctrain.errors import ExitCode, HpctrainError, UnfitError
+from hpctrain.trace import Trace
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+
+class Role(Flag):
+    """What a rank does. The root of a plain all-reduce job is a worker as well."""
+
+    WORKER = auto()
+    ROOT = auto()
+
+
+@dataclass
+class Position:
+    """Where this rank stands, for logs, stall reports and failure messages."""
+
+    step: int | None = None
+    phase: str = "setting up"
+
+    def __str__(self) -> str:
+        return self.phase if self.step is None else f"step {self.step}, {self.phase}"
+
+
+@dataclass(frozen=True)
+class Seat:
+    """What one rank tells all others when it joins."""
+
+    host: str
+    local_root: int
+    """Smallest rank that shares memory with this one; names the node."""
+    cores: tuple[int, ...]
+    """Cores that the launcher lets this rank run on."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This rank's place among all ranks. Made by `join`, the same object for the whole process."""
+
+    comm: MPI.Intracomm
+    rank: int
+    size: int
+    seats: tuple[Seat, ...]
+    roles: tuple[Role, ...]
+    device: torch.device
+    library: str
+    """Name and version of the MPI library."""
+    thread_level: int
+    trace: Trace = field(default_factory=Trace, repr=False)
+    position: Position = field(default_factory=Position, repr=False)
+
+    @property
+    def role(self) -> Role:
+        """What this rank does."""
+        return self.roles[self.rank]
+
+    @property
+    def is_root(self) -> bool:
+        """Whether this rank speaks for the job: console, checkpoints, reports."""
+        return Role.ROOT in self.role
+
+    @property
+    def nodes(self) -> tuple[tuple[int, ...], ...]:
+        """Ranks of each node; nodes are ordered by their smallest rank."""
+        members: dict[int, list[int]] = {}
+        for rank, seat in enumerate(self.seats):
+            members.setdefault(seat.local_root, []).append(rank)
+        return tuple(tuple(ranks) for _, ranks in sorted(members.items()))
+
+    @property
+    def node(self) -> int:
+        """Index of this rank's node."""
+        return next(index for index, ranks in enumerate(self.nodes) if self.rank in ranks)
+
+    @property
+    def local_rank(self) -> int:
+        """This rank's index among the ranks of its node."""
+        return self.nodes[self.node].index(self.rank)
+
+    @property
+    def local_size(self) -> int:
+        """Number of ranks on this node."""
+        return len(self.nodes[self.node])
+
+    @property
+    def cores_per_rank(self) -> float:
+        """Cores that this rank has to itself when those of its node are shared evenly."""
+        seats = [self.seats[rank] for rank in self.nodes[self.node]]
+        return core_share(self.seats[self.rank].cores, [seat.cores for seat in seats])
+
+    @property
+    def oversubscribed(self) -> bool:
+        """Whether ranks of this node outnumber the cores that they may run on."""
+        return self.cores_per_rank < 1
+
+    def name_of(self, rank: int) -> str:
+        """`rank 3 (node-a)`, as messages name a rank."""
+        return f"rank {rank} ({self.seats[rank].host})"
+
+    def abort(self, code: int) -> None:
+        """End all ranks at once with exit status `code`. Not collective; does not return."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.comm.Abort(int(code))
+
+
+_world: World | None = None
+_join_lock = threading.Lock()
+
+
+def join(*, device: str = "cpu") -> World:
+    """Join the ranks that the launcher started. Collective; later calls return the same World.
+
+    Initialises MPI when the program has not done so, with thread support, checks that the
+    launcher's idea of the number of ranks is MPI's, sets torch's number of threads to this
+    rank's share of its node's cores unless OMP_NUM_THREADS is set, and installs a hook that
+    ends all ranks when one ends with an uncaught exception.
+
+    Args:
+        device: torch device of this rank's model, for example "cpu" or "cuda:0".
+
+    Raises:
+        UnfitError: no MPI library, the wrong launcher, or an MPI without thread support.
+    """
+    global _world
+    with _join_lock:
+        if _world is None:
+            _world = _join(torch.device(device))
+        return _world
+
+
+def current() -> World | None:
+    """The World of this process, or None before `join`."""
+    return _world
+
+
+def _join(device: torch.device) -> World:
+    MPI = load_mpi()
+    library = " ".join(MPI.Get_library_version().split("\n")[0].split(",")[0].strip("\x00").split())
+    refuse_foreign_launcher(os.environ, "Open MPI" in library, library)
+    if not MPI.Is_initialized():
+        with warnings.catch_warnings():  # of a foreign launcher, which is refused below
+            warnings.simplefilter("ignore", RuntimeWarning)
+            MPI.Init_thread(MPI.THREAD_MULTIPLE)
+    comm = MPI.COMM_WORLD
+    refuse_lone_ranks(os.environ, comm.Get_size(), library)
+    if MPI.Query_thread() < MPI.THREAD_SERIALIZED:
+        raise UnfitError(
+            "MPI was initialised without thread support, which the progress thread needs",
+            value=f"thread level {MPI.Query_thread()}",
+            allowed="MPI_THREAD_SERIALIZED or MPI_THREAD_MULTIPLE",
+            fix="call hpctrain.join() before other code initialises MPI",
+            everywhere=True,
+        )
+    rank, size = comm.Get_rank(), comm.Get_size()
+    local = comm.Split_type(MPI.COMM_TYPE_SHARED, key=rank)
+    seat = Seat(
+        host=socket.gethostname(),
+        local_root=local.bcast(rank, root=0),
+        cores=usable_cores(),
+    )
+    local.Free()
+    world = World(
+        comm=comm,
+        rank=rank,
+        size=size,
+        seats=tuple(comm.allgather(seat)),
+        roles=(Role.ROOT | Role.WORKER, *(Role.WORKER for _ in range(size - 1))),
+        device=device,
+        library=library,
+        thread_level=MPI.Query_thread(),
+    )
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, int(world.cores_per_rank)))
+    _install_abort_hook(world)
+    return world
+
+
+def load_mpi() -> Any:
+    """The module mpi4py.MPI, loaded but not initialised.
+
+    Raises:
+        UnfitError: mpi4py finds no MPI library.
+    """
+    try:
+        import mpi4py
+
+        mpi4py.rc.initialize = False
+        mpi4py.rc.finalize = True
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise UnfitError(
+            f"no MPI library can be loaded: {error}",
+            fix="pip install 'hpctrain[mpi]', or load your site's MPI module and "
+            "pip install --no-binary mpi4py mpi4py against it",
+            everywhere=True,
+        ) from error
+    return MPI
+
+
+def launched_rank(environment: Mapping[str, str]) -> int:
+    """This process's rank as the launcher tells it, before MPI is initialised; 0 without one."""
+    for name in ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID"):
+        if environment.get(name, "").isdigit():
+            return int(environment[name])
+    return 0
+
+
+def launched_size(environment: Mapping[str, str]) -> tuple[str, int]:
+    """The launcher and the number of processes that it says it started; ("none", 1) without one.
+
+    Open MPI's daemons are themselves started by srun on a Slurm cluster, so that a rank of
+    theirs sees the daemons' step size too: the innermost launcher is asked first.
+    """
+    for variable, launcher in (
+        ("OMPI_COMM_WORLD_SIZE", "Open MPI's mpirun"),
+        ("PMI_SIZE", "a PMI launcher (MPICH's or Intel's mpiexec, srun --mpi=pmi2)"),
+        ("SLURM_STEP_NUM_TASKS", "srun"),
+    ):
+        if environment.get(variable, "").isdigit():
+            return launcher, int(environment[variable])
+    return "none", 1
+
+
+def refuse_foreign_launcher(
+    environment: Mapping[str, str], is_open_mpi: bool, library: str
+) -> None:
+    """Refuse Open MPI's mpirun around another MPI, which would die in MPI_Init without a word.
+
+    Raises:
+        UnfitError: the launcher and the library do not belong together.
+    """
+    if "OMPI_COMM_WORLD_SIZE" in environment and not is_open_mpi:
+        raise UnfitError(
+            "the processes were started by Open MPI's mpirun but use another MPI library",
+            value=library,
+            fix="start them with the mpiexec that belongs to that library, or install "
+            "an mpi4py built for Open MPI",
+            everywhere=True,
+        )
+
+
+def refuse_lone_ranks(environment: Mapping[str, str], size: int, library: str) -> None:
+    """Refuse a launcher that MPI does not recognise: each process would be rank 0 of 1.
+
+    Raises:
+        UnfitError: the launcher started another number of processes than MPI sees.
+    """
+    launcher, launched = launched_size(environment)
+    if launched != size:
+        raise UnfitError(
+            f"{launcher} started {launched} processes, but {library} sees a world of {size}",
+            fix="use the mpirun or mpiexec that belongs to this MPI library "
+            "(or the srun --mpi=... type that it was built for; srun --mpi=list shows them)",
+            everywhere=True,
+        )
+
+
+def usable_cores() -> tuple[int, ...]:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return tuple(sorted(os.sched_getaffinity(0)))
+    return tuple(range(os.cpu_count() or 1))
+
+
+def core_share(mine: Sequence[int], node: Sequence[Sequence[int]]) -> float:
+    """Cores that a rank may use when every core is shared evenly by the ranks that may run on it.
+
+    Args:
+        mine: cores that this rank may run on.
+        node: the same for every rank of the node, this one included.
+    """
+    users = Counter(core for cores in node for core in cores)
+    return sum(1 / users[core] for core in mine)
+
+
+def describe_failure(world: World, error: BaseException, trace: TracebackType | None) -> str:
+    """What an uncaught exception of this rank looks like on the console."""
+    place = f"hpctrain: {world.name_of(world.rank)} of {world.size} failed at {world.position}"
+    lines = traceback.format_exception(type(error), error, trace)
+    return place + "\n" + "".join(lines)
+
+
+def _install_abort_hook(world: World) -> None:
+    """End all ranks when this one ends with an uncaught exception."""
+    previous = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if world.size == 1:
+            previous(kind, error, trace)
+            return
+        fail(world, error, trace)
+
+    sys.excepthook = hook
+
+
+def fail(world: World, error: BaseException, trace: TracebackType | None = None) -> None:
+    """Show this rank's failure in one write, so that ranks do not mix, and end all ranks.
+
+    An error that every rank raises is shown by rank 0 alone.
+    """
+    code = ExitCode.CRASH
+    if isinstance(error, HpctrainError):
+        code = error.exit_code
+    if isinstance(error, HpctrainError) and error.everywhere:
+        if world.rank == 0:
+            os.write(2, f"hpctrain: {error}\n".encode())
+        _meet(world, limit_s=5.0)
+    else:
+        os.write(2, describe_failure(world, error, trace).encode())
+    world.abort(code)
+
+
+def _meet(world: World, limit_s: float) -> None:
+    """Wait, for at most `limit_s`, until all ranks are here."""
+    request = world.comm.Ibarrier()
+    deadline_s = time.perf_counter() + limit_s
+    while not request.Test() and time.perf_counter() < deadline_s:
+        time.sleep(0.01)
