@@ -37,6 +37,7 @@ class Trace:
 
     def open(self, path: Path, rank: int) -> None:
         """Write to `path` from now on, appending to what an earlier session wrote there."""
+        self.take()  # what an earlier run of this process did not flush
         self._path, self._rank = path, rank
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:
@@ -75,6 +76,11 @@ class Trace:
         ]
         with self._path.open("a") as file:
             file.write("\n".join(lines) + "\n")
+
+    def close(self) -> None:
+        """Write what was recorded, and record nothing more."""
+        self.flush()
+        self._path, self.active = None, False
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:

@@ -47,6 +47,7 @@ class Scratch:
 
     def __init__(self) -> None:
         self._free: list[torch.Tensor] = []
+        self._lent: dict[int, torch.Tensor] = {}
 
     def take(self, count: int, dtype: torch.dtype) -> torch.Tensor:
         """A tensor of `count` undefined elements; hand it back with `give`."""
@@ -59,9 +60,9 @@ class Scratch:
             if self._free:  # replace one that is too small instead of keeping both
                 self._free.pop()
             buffer = torch.empty(nbytes, dtype=torch.uint8)
+        self._lent[buffer.data_ptr()] = buffer
         return buffer[:nbytes].view(dtype)
 
     def give(self, tensor: torch.Tensor) -> None:
         """Hand back a tensor from `take`, whole; nobody may use it afterwards."""
-        base = tensor if tensor._base is None else tensor._base
-        self._free.append(base)
+        self._free.append(self._lent.pop(tensor.data_ptr()))

@@ -46,7 +46,7 @@ class DataParallel(nn.Module):
         super().__init__()
         self.module = module
         self.world = world or join()
-        self._refuse_unsupported()
+        _refuse_unsupported(module)
         engine = engine_of(self.world)
         control = engine.control
         replicas.check_same_model(control, self.world, module)
@@ -116,12 +116,33 @@ class DataParallel(nn.Module):
     def _entered(self, gradient: torch.Tensor) -> None:
         self.exchange.begin()
 
-    def _refuse_unsupported(self) -> None:
-        """Refuse layers that would fail in the first backward or go wrong silently."""
-        for name, layer in self.module.named_modules():
-            if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)) and layer.sparse:
-                raise ExchangeError(
-                    f"layer {name or 'module'} produces sparse gradients",
-                    fix=f"make it {type(layer).__name__}(..., sparse=False)",
-                    everywhere=True,
-                )
+
+def _refuse_unsupported(module: nn.Module) -> None:
+    """Refuse, before the first step, what would fail or go wrong silently later.
+
+    Raises:
+        ExchangeError: naming layer or parameter, and what to do.
+    """
+    for name, layer in module.named_modules():
+        if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)) and layer.sparse:
+            raise ExchangeError(
+                f"layer {name or 'module'} produces sparse gradients",
+                fix=f"make it {type(layer).__name__}(..., sparse=False)",
+                everywhere=True,
+            )
+    for name, parameter in module.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            what, fix = "has no shape yet", "run one forward pass before DataParallel"
+        elif parameter.device.type != "cpu":
+            what = f"is on {parameter.device}"
+            fix = "keep the model on the CPU; gradients in device memory are not exchanged yet"
+        elif type(parameter.data) is not torch.Tensor:
+            what = f"is a {type(parameter.data).__name__}"
+            fix = "use plain tensors; sharded and quantized ones have no gradient of their own here"
+        elif parameter.requires_grad and (
+            parameter.dtype.itemsize < 2 or parameter.dtype == torch.complex32
+        ):
+            what, fix = f"has dtype {parameter.dtype}", "train a 16-bit or wider copy"
+        else:
+            continue
+        raise ExchangeError(f"parameter {name} {what}", fix=fix, everywhere=True)

@@ -87,9 +87,6 @@ class Exchange:
         engine: the process's engine.
         config: how to exchange.
         name: names the channel in reports.
-
-    Raises:
-        ExchangeError: a parameter cannot be exchanged.
     """
 
     def __init__(
@@ -101,8 +98,6 @@ class Exchange:
     ) -> None:
         self.names = [name for name, _ in named]
         self.parameters = [parameter for _, parameter in named]
-        for parameter_name, parameter in named:
-            _refuse_unsupported(parameter_name, parameter)
         self.config = config
         self.engine = engine
         self.world = engine.world
@@ -330,29 +325,6 @@ class Exchange:
             block.missing = len(block.members)
             block.released = False
             block.ticket = None
-
-
-def _refuse_unsupported(name: str, parameter: nn.Parameter) -> None:
-    """Refuse, before the first step, what would fail or go wrong silently later.
-
-    Raises:
-        ExchangeError: naming the parameter and what to do.
-    """
-    if isinstance(parameter, nn.parameter.UninitializedParameter):
-        what, fix = "has no shape yet", "run one forward pass before DataParallel"
-    elif parameter.device.type != "cpu":
-        what = f"is on {parameter.device}"
-        fix = "keep the model on the CPU; gradients in device memory are not exchanged yet"
-    elif type(parameter.data) is not torch.Tensor:
-        what = f"is a {type(parameter.data).__name__}"
-        fix = "use plain tensors; sharded and quantized ones have no gradient of their own here"
-    elif not (parameter.dtype.is_floating_point or parameter.dtype.is_complex):
-        what, fix = f"has dtype {parameter.dtype}", "make it a buffer"
-    elif parameter.dtype.itemsize < 2 or parameter.dtype == torch.complex32:
-        what, fix = f"has dtype {parameter.dtype}", "keep a 16-bit or wider copy for training"
-    else:
-        return
-    raise ExchangeError(f"parameter {name} {what}", fix=fix, everywhere=True)
 
 
 def _unusable(name: str) -> ExchangeError:

@@ -311,7 +311,7 @@ class Trainer:
     def _open(self, facts: dict[str, Any]) -> None:
         """Open the run folder's files and continue from its newest checkpoint."""
         world = self.world
-        open_log(self.run_folder.log(world.rank), world)
+        self._log_handler = open_log(self.run_folder.log(world.rank), world)
         self.console = Console(speaks=world.is_root, line_s=self.settings.run.line_s)
         self._resume()
         self._started_at = self.step_number
@@ -409,7 +409,9 @@ class Trainer:
 
     def _close(self) -> None:
         self.world.position.phase = "closing"
-        self.world.trace.flush()
+        self.world.trace.close()
+        logging.getLogger().removeHandler(self._log_handler)
+        self._log_handler.close()
         barrier_on(self.control, "end of training")
         if self._metrics:
             self._metrics.close()

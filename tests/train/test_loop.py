@@ -1,0 +1,355 @@
+"""Training over ranks equals training in one process, and goes on after a stop as if there was none."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from hpctrain import ExchangeConfig, World
+from hpctrain.comm.collect import all_gather
+from hpctrain.comm.engine import engine_of
+from hpctrain.errors import CheckpointError, TrainingError
+from hpctrain.train.checkpoint import CheckpointConfig
+from hpctrain.train.loop import Parts, Settings, TrainConfig, Trainer, seed_generators
+from hpctrain.train.optimizer import ScheduleConfig
+from hpctrain.train.run_folder import RunConfig
+
+pytestmark = pytest.mark.mpi
+
+SAMPLES = 23
+Sample = tuple[torch.Tensor, torch.Tensor]
+
+
+class Points:
+    """Samples of a known function, as a map-style data set."""
+
+    def __init__(self, count: int = SAMPLES) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.x = torch.randn(count, 3, generator=generator, dtype=torch.float64)
+        self.y = self.x.sum(dim=1, keepdim=True).sin()
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.x[index], self.y[index]
+
+
+def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+    x, y = batch
+    return (model(x) - y).pow(2).mean()
+
+
+def net(dropout: float = 0.0) -> nn.Module:
+    seed_generators(1)
+    return nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 1)).double()
+
+
+def settings(**train: Any) -> Settings:
+    return Settings(
+        train=TrainConfig(**{"steps": 8, "batch": 10, **train}),
+        optimizer={"name": "adamw", "lr": 0.01},
+        schedule=ScheduleConfig(name="cosine", warmup=2),
+        exchange=ExchangeConfig(progress="hooks", block_bytes=100),
+        checkpoint=CheckpointConfig(every=4),
+        run=RunConfig(),
+        seed=5,
+    )
+
+
+def trainer(
+    world: World, folder: Path, config: Settings, model: nn.Module | None = None, **parts: Any
+) -> Trainer:
+    chosen = Parts(**{"model": model or net(), "train_data": Points(), "loss": loss, **parts})
+    return Trainer(world, chosen, config, parent=folder, facts={"fingerprint": "test"})
+
+
+def losses(made: Trainer) -> list[float]:
+    """The loss of every step, as recorded by rank 0."""
+    lines = made.run_folder.metrics.read_text().splitlines()
+    made.world.comm.Barrier()
+    return [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
+
+
+def plain_losses(config: Settings) -> list[float]:
+    """What one process computes with a loop of its own."""
+    from hpctrain.data.batches import Batches
+
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    batches = Batches(
+        Points(), batch=config.train.batch, seed=config.seed, shuffle=config.train.shuffle
+    )
+    found = []
+    for step in range(config.train.steps):
+        (batch,) = batches.share(step).subsets
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01 * config.schedule.factor(step, config.train.steps)
+        optimizer.zero_grad()
+        value = loss(model, batch)
+        value.backward()
+        if config.train.clip_norm:
+            nn.utils.clip_grad_norm_(model.parameters(), config.train.clip_norm)
+        optimizer.step()
+        found.append(value.item())
+    return found
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        {},
+        {"batch": 7, "micro_batch": 2},
+        {"batch": 1},
+        {"batch": 3, "shuffle": False},
+        {"batch": 12, "clip_norm": 0.05},
+    ],
+    ids=str,
+)
+def test_loss_curve_is_that_of_one_process(
+    world: World, shared_folder: Path, train: dict[str, Any]
+) -> None:
+    config = settings(**train)
+    made = trainer(world, shared_folder, config)
+    made.run()
+    # clip_grad_norm_ adds 1e-6 to the norm that it divides by
+    tolerance = 1e-4 if config.train.clip_norm else 1e-10
+    assert losses(made) == pytest.approx(plain_losses(config), rel=tolerance)
+    made.model.check_in_sync()
+
+
+class Stream:
+    """The same samples as an iterable that can be started again."""
+
+    def __iter__(self) -> Iterator[Sample]:
+        points = Points()
+        return (points[index] for index in range(len(points)))
+
+
+def test_iterable_gives_the_same_curve_as_indices_in_order(
+    world: World, shared_folder: Path
+) -> None:
+    config = settings(shuffle=False)
+    made = trainer(world, shared_folder, config, train_data=Stream())
+    made.run()
+    assert losses(made) == pytest.approx(plain_losses(config), rel=1e-10)
+
+
+def state_of(made: Trainer) -> list[Any]:
+    """Everything that decides how training goes on, on this rank."""
+    optimizer = made.optimizer.state_dict()["state"]
+    return [
+        [p.detach().clone() for p in made.parts.model.parameters()],
+        [value for entry in optimizer.values() for value in entry.values()],
+        torch.get_rng_state(),
+        torch.tensor(np.random.get_state()[1].astype(np.int64)),
+        torch.tensor(random.getstate()[1]),
+    ]
+
+
+def equal(first: Any, second: Any) -> bool:
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    return len(first) == len(second) and all(map(equal, first, second))
+
+
+class Noisy(Points):
+    """Augments samples with the generators of Python and NumPy."""
+
+    def __getitem__(self, index: int) -> Sample:
+        x, y = super().__getitem__(index)
+        return x + random.random() * 0.01 + np.random.rand() * 0.01, y
+
+
+@pytest.mark.parametrize("stop", [4, 5])
+def test_stopped_and_resumed_run_ends_with_the_same_bits(
+    world: World, shared_folder: Path, stop: int
+) -> None:
+    """With dropout and random augmentation; stopped at a checkpoint, and a step after one."""
+    config = settings()
+    whole = trainer(world, shared_folder / "whole", config, net(0.3), train_data=Noisy())
+    whole.run()
+
+    first = trainer(world, shared_folder / "parts", config, net(0.3), train_data=Noisy())
+    for _ in range(stop):
+        first.step()
+        if first.step_number % 4 == 0:
+            first.save()
+    first._report()
+    seed_generators(99)
+    second = trainer(world, shared_folder / "parts", config, net(0.3), train_data=Noisy())
+    assert second.run_folder == first.run_folder
+    assert second.step_number == 4
+    second.run()
+    whole_state = state_of(second)
+    seed_generators(98)
+    third = trainer(world, shared_folder / "whole2", config, net(0.3), train_data=Noisy())
+    third.run()
+    assert equal(whole_state, state_of(third))
+    assert losses(second) == losses(whole)
+
+
+def test_finished_run_is_not_continued(world: World, shared_folder: Path) -> None:
+    config = settings(steps=2)
+    first = trainer(world, shared_folder, config)
+    first.run()
+    second = trainer(world, shared_folder, config)
+    assert second.run_folder != first.run_folder
+    assert second.step_number == 0
+
+
+def test_damaged_checkpoint_is_passed_over_on_all_ranks(world: World, shared_folder: Path) -> None:
+    config = settings()
+    first = trainer(world, shared_folder, config)
+    for _ in range(8):
+        first.step()
+        if first.step_number in (4, 8):
+            first.save()
+    newest, older = (first.run_folder.checkpoints / f"step-{n:09d}" for n in (8, 4))
+    last = world.size - 1
+    damaged = newest / f"rank-{last:05d}.pt"  # which only one rank reads
+    if world.rank == 0:
+        damaged.write_bytes(damaged.read_bytes()[:-1])
+    world.comm.Barrier()
+    assert trainer(world, shared_folder, config).step_number == 4
+    if world.rank == 0:
+        (older / "model.pt").write_bytes(b"")
+    world.comm.Barrier()
+    with pytest.raises(CheckpointError, match="none of 2 checkpoints is intact"):
+        trainer(world, shared_folder, config)
+
+
+def test_failed_write_is_told_on_all_ranks_and_harms_nothing(
+    world: World, shared_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = trainer(world, shared_folder, settings())
+    made.step()
+    made.save()
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    made.step()
+    if world.rank == world.size - 1:
+        monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        made.save()
+    monkeypatch.undo()
+    assert trainer(world, shared_folder, settings()).step_number == 1
+
+
+def test_evaluation_weights_every_sample_equally(world: World, shared_folder: Path) -> None:
+    data = Points(17)
+    made = trainer(
+        world,
+        shared_folder,
+        settings(batch=4),
+        validation_data=data,
+        metrics=lambda model, batch: {"positive": (model(batch[0]) > 0).double().mean()},
+    )
+    figures = made.evaluate()
+    model = made.parts.model
+    assert figures["loss"] == pytest.approx(loss(model, (data.x, data.y)).item(), rel=1e-12)
+    assert figures["positive"] == pytest.approx((model(data.x) > 0).double().mean().item())
+    assert made.model.training
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_loss_that_is_not_finite_stops_all_ranks_and_names_the_first(
+    world: World, shared_folder: Path, value: float
+) -> None:
+    last = world.size - 1
+
+    def broken(model: nn.Module, batch: Any) -> torch.Tensor:
+        return loss(model, batch) * (value if world.rank == last else 1.0)
+
+    made = trainer(world, shared_folder, settings(), loss=broken)
+    before = state_of(made)[:2]
+    with pytest.raises(TrainingError, match=f"the loss of rank {last}"):
+        made.step()
+    assert equal(state_of(made)[:2], before)
+
+
+def test_update_that_is_not_finite_can_be_skipped(world: World, shared_folder: Path) -> None:
+    calls = 0
+
+    def broken_once(model: nn.Module, batch: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return loss(model, batch) * (float("nan") if calls == 1 and world.rank == 0 else 1.0)
+
+    made = trainer(world, shared_folder, settings(nonfinite="skip"), loss=broken_once)
+    before = [p.detach().clone() for p in made.parts.model.parameters()]
+    made.step()
+    assert equal([p.detach() for p in made.parts.model.parameters()], before)
+    made.step()
+    assert not equal([p.detach() for p in made.parts.model.parameters()], before)
+    made.model.check_in_sync()
+
+
+def test_data_that_ends_early_is_told(world: World, shared_folder: Path) -> None:
+    points = Points(25)
+    config = settings(shuffle=False)
+    made = trainer(world, shared_folder, config, train_data=(points[i] for i in range(25)))
+    made.step()
+    made.step()
+    with pytest.raises(TrainingError, match="ended after 25 samples"):
+        next(made.batches.share(3).subsets)
+
+
+def test_checkpoint_of_another_model_is_refused(world: World, shared_folder: Path) -> None:
+    made = trainer(world, shared_folder, settings())
+    made.step()
+    made.save()
+    other = nn.Sequential(nn.Linear(3, 1)).double()
+    with pytest.raises(TrainingError, match="another model"):
+        trainer(world, shared_folder, settings(), other)
+
+
+def test_every_rank_logs_to_its_own_file_with_rank_and_step(
+    world: World, shared_folder: Path
+) -> None:
+    import logging
+
+    made = trainer(world, shared_folder, settings())
+    made.step()
+    logging.getLogger("user").warning("look here")
+    line = made.run_folder.log(world.rank).read_text().splitlines()[-1]
+    assert f"rank {world.rank} step 1 WARNING look here" in line
+
+
+def test_trace_has_every_phase_of_every_traced_step(world: World, shared_folder: Path) -> None:
+    from hpctrain import trace
+
+    config = settings()
+    config = replace(config, run=RunConfig(trace_steps=3))
+    made = trainer(world, shared_folder, config)
+    made.run()
+    spans = list(trace.read(made.run_folder.trace(world.rank)))
+    names = {(span["name"], span.get("step")) for span in spans}
+    for step in (1, 2, 3):
+        for phase in ("data", "forward", "backward", "optimizer"):
+            assert (phase, step) in names
+    assert ("forward", 4) not in names
+    blocks = {span["name"] for span in spans if span["track"] == trace.WIRE}
+    assert any(name.startswith("block") for name in blocks)
+
+
+def test_run_json_tells_the_surroundings(world: World, shared_folder: Path) -> None:
+    made = trainer(world, shared_folder, settings(steps=1))
+    made.run()
+    everyone = all_gather(engine_of(world).control, made.run_folder)
+    facts = made.run_folder.facts()
+    assert facts["ranks"] == world.size
+    assert facts["finished"] is True
+    assert facts["mpi"] == world.library
+    assert all(folder == made.run_folder for folder in everyone)
