@@ -1,5 +1,6 @@
 """Train PyTorch models over plain MPI."""
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -10,6 +11,7 @@ if TYPE_CHECKING:
     from hpctrain.world import Role, World, join
 
 __version__ = "0.1.0"
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # silent unless the program logs
 __all__ = ["DataParallel", "ExchangeConfig", "HpctrainError", "Role", "World", "accumulate", "join"]
 
 _HOMES = {

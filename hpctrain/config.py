@@ -21,7 +21,7 @@ import typing
 from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
-from hpctrain.errors import JobError
+from hpctrain.errors import HpctrainError, JobError
 
 T = TypeVar("T")
 
@@ -95,7 +95,7 @@ def read(cls: type[T], table: object, where: str, mistakes: list[str]) -> T | No
         return None
     try:
         return cls(**values)
-    except JobError as error:
+    except HpctrainError as error:
         mistakes.append(f"{where or 'job'}: {error.what}")
         return None
 
@@ -133,7 +133,7 @@ def _value(
         return None
     for kind in kinds:
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
+            value = float(value) if abs(value) < 1 << 1023 else math.inf
         if kind is type(None) or not _is_a(value, kind):
             continue
         if isinstance(value, float) and not math.isfinite(value):

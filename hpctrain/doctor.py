@@ -132,13 +132,15 @@ def binding(seats: Sequence[Seat], nodes: Sequence[Sequence[int]]) -> list[Findi
     for host, ranks in machines.items():
         masks = {rank: seats[rank].cores for rank in ranks}
         cores = set().union(*masks.values())
-        if len(ranks) > len(cores) and len(cores) < (os.cpu_count() or 1):
+        of_machine = max(seats[rank].machine_cores for rank in ranks)
+        if len(ranks) > len(cores) and len(cores) < of_machine:
             findings.append(
                 Finding(
                     "binding",
                     WARNING,
-                    f"{host}: {len(ranks)} ranks are bound to {len(cores)} core(s)",
-                    "start with --bind-to none, or bind each rank to cores of its own",
+                    f"{host}: {len(ranks)} ranks may run on {len(cores)} of {of_machine} core(s)",
+                    "start with --bind-to none, bind each rank to cores of its own, "
+                    "or ask for more cores",
                 )
             )
         elif len(ranks) > len(cores):
@@ -158,7 +160,7 @@ def binding(seats: Sequence[Seat], nodes: Sequence[Sequence[int]]) -> list[Findi
 def _overlap(host: str, masks: dict[int, tuple[int, ...]]) -> list[Finding]:
     """Ranks pinned onto the same cores although the machine has cores for all."""
     for mask in masks.values():
-        sharing = [other for other in masks if set(masks[other]) & set(mask)]
+        sharing = [other for other in masks if set(masks[other]) <= set(mask)]
         if len(sharing) > len(mask):
             return [
                 Finding(
@@ -232,7 +234,7 @@ def probe_device_buffers(command: Sequence[str], limit_s: float = PROBE_S) -> st
     Returns:
         ``taken``, or a few words on how it failed.
     """
-    launcher = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "SLURM_")
+    launcher = ("OMPI_COMM_WORLD_", "PMIX_", "PMI_", "PRTE_", "SLURM_")
     alone = {k: v for k, v in os.environ.items() if not k.startswith(launcher)}
     try:
         child = subprocess.run(
@@ -240,8 +242,10 @@ def probe_device_buffers(command: Sequence[str], limit_s: float = PROBE_S) -> st
         )
     except subprocess.TimeoutExpired:
         return f"not taken: the probe hung for {limit_s:.0f} s"
-    if child.stdout.strip().endswith("taken"):
+    if child.stdout.split()[-1:] == ["taken"]:
         return "taken"
+    if child.stdout.split()[-1:] == ["garbled"]:
+        return "not taken: the data arrived garbled"
     reason = f"signal {-child.returncode}" if child.returncode < 0 else f"status {child.returncode}"
     return f"not taken: the probe ended with {reason}"
 

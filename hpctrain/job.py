@@ -103,7 +103,7 @@ class LoadedJob:
         validation = getattr(module, "validation_data", None)
         return Parts(
             model=model,
-            train_data=module.train_data(**job.data),
+            train_data=module.train_data(**_accepted(module.train_data, job.data)),
             loss=module.loss,
             validation_data=validation(**_accepted(validation, job.data)) if validation else None,
             metrics=getattr(module, "metrics", None),
@@ -208,7 +208,7 @@ def _load_module(folder: Path, name: object, mistakes: list[str]) -> ModuleType 
     """Import the job module from its file; a line in `mistakes` when that fails."""
     if not isinstance(name, str):
         return None  # its absence or type is a mistake found elsewhere
-    path = (folder / name).with_suffix(".py")
+    path = folder / (name if name.endswith(".py") else f"{name}.py")
     if not path.is_file():
         found = [p.name for p in folder.glob("*.py")]
         mistakes.append(f"module: there is no {path}{nearest(path.name, found)}")
@@ -217,14 +217,12 @@ def _load_module(folder: Path, name: object, mistakes: list[str]) -> ModuleType 
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    sys.path.insert(0, str(folder.resolve()))
+    sys.path.insert(0, str(folder.resolve()))  # for modules beside it, imported now or later
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         mistakes.append(f"module: importing {path} failed: {_last_place(error)}")
         return None
-    finally:
-        sys.path.remove(str(folder.resolve()))
     return module
 
 
@@ -237,26 +235,43 @@ def _check_module(module: ModuleType, table: Mapping[str, Any], mistakes: list[s
     for name in _OPTIONAL:
         if hasattr(module, name) and not callable(getattr(module, name)):
             mistakes.append(f"module: {name} in {module.__file__} is not a function")
-    for key, function in (("model", "model"), ("data", "train_data")):
+    for key, functions in (("model", ("model",)), ("data", ("train_data", "validation_data"))):
         arguments = table.get(key, {})
-        target = getattr(module, function, None)
-        if isinstance(arguments, Mapping) and callable(target):
-            _check_arguments(key, target, arguments, mistakes)
+        targets = [getattr(module, name, None) for name in functions]
+        if isinstance(arguments, Mapping):
+            _check_arguments(key, [t for t in targets if callable(t)], arguments, mistakes)
 
 
 def _check_arguments(
-    where: str, target: Callable[..., Any], arguments: Mapping[str, Any], mistakes: list[str]
+    where: str,
+    targets: Sequence[Callable[..., Any]],
+    arguments: Mapping[str, Any],
+    mistakes: list[str],
 ) -> None:
-    parameters = inspect.signature(target).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+    """Arguments that none of the functions takes, and those that one of them needs."""
+    taken = [_parameters(target) for target in targets]
+    if not taken or any(parameters is None for parameters in taken):
         return
+    valid = {name for parameters in taken for name in parameters or ()}
     for name in arguments:
-        if name not in parameters:
-            mistakes.append(f"{where}.{name}: unknown key{nearest(name, parameters)}")
-    for name, parameter in parameters.items():
-        if parameter.default is parameter.empty and name not in arguments:
-            if parameter.kind is not parameter.VAR_POSITIONAL:
-                mistakes.append(f"{where}.{name}: missing; {target.__name__}() needs it")
+        if name not in valid:
+            mistakes.append(f"{where}.{name}: unknown key{nearest(name, valid)}")
+    for target, parameters in zip(targets, taken, strict=True):
+        for name, parameter in (parameters or {}).items():
+            if parameter.default is parameter.empty and name not in arguments:
+                needed_by = getattr(target, "__name__", "the module")
+                mistakes.append(f"{where}.{name}: missing; {needed_by}() needs it")
+
+
+def _parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter] | None:
+    """Named parameters of a function; None when it takes any, or does not tell."""
+    try:
+        parameters = inspect.signature(target).parameters
+    except ValueError:
+        return None
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return None
+    return {name: p for name, p in parameters.items() if p.kind is not p.VAR_POSITIONAL}
 
 
 def _check_together(job: Job, mistakes: list[str]) -> None:
@@ -272,8 +287,8 @@ def _check_together(job: Job, mistakes: list[str]) -> None:
 
 def _accepted(target: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Those arguments that the function takes."""
-    parameters = inspect.signature(target).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+    parameters = _parameters(target)
+    if parameters is None:
         return dict(arguments)
     return {name: value for name, value in arguments.items() if name in parameters}
 

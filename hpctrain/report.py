@@ -33,6 +33,7 @@ COLORS = {
     "save": "#ccbb44",
 }
 WIRE_COLORS = ("#ccbb44", "#aa9922")
+STEP_PHASES = ("data", "forward", "backward", "optimizer")
 SHOWN_STEPS = 3
 
 Span = dict[str, Any]
@@ -89,12 +90,23 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return entries
 
 
+def read_facts(run: Path) -> dict[str, Any]:
+    """What run.json says; empty when it is missing or damaged."""
+    try:
+        facts = json.loads((run / "run.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
 def read_spans(run: Path) -> list[Span]:
     """The spans of all ranks' last session, on rank 0's clock, ordered by start."""
+    ranks = read_facts(run).get("ranks", 1 << 30)  # an earlier session may have had more
     spans = [
         span
         for path in sorted((run / "trace").glob("rank-*.jsonl"))
         for span in _last_session(trace.read(path))
+        if span["rank"] < ranks
     ]
     return sorted(spans, key=lambda span: float(span["start_s"]))
 
@@ -174,7 +186,7 @@ def exposed_share(spans: Iterable[Span]) -> dict[int, float]:
     waited: dict[int, float] = {}
     stepped: dict[int, float] = {}
     for span in spans:
-        if "step" in span or span["name"] == WAIT:
+        if span["name"] in STEP_PHASES or span["name"] == WAIT:
             target = waited if span["name"] == WAIT else stepped
             length_s = span["end_s"] - span["start_s"]
             target[span["rank"]] = target.get(span["rank"], 0.0) + length_s
@@ -311,11 +323,8 @@ def _heading(run: Path) -> str:
 
 
 def _summary(run: Path, metrics: Sequence[Mapping[str, Any]], spans: Sequence[Span]) -> str:
-    try:
-        facts = json.loads((run / "run.json").read_text())
-    except (OSError, json.JSONDecodeError):
-        facts = {}
-    rows = {
+    facts = read_facts(run)
+    rows: dict[str, Any] = {
         key: facts[key] for key in ("ranks", "nodes", "mpi", "torch", "progress") if key in facts
     }
     steps = [m for m in metrics if "step_s" in m]

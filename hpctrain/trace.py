@@ -41,6 +41,8 @@ class Trace:
         self._path, self._rank = path, rank
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:
+            if file.tell():
+                file.write("\n")
             file.write(json.dumps({"rank": rank, "offset_s": self.offset_s}) + "\n")
         self.active = True
 

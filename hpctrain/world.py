@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Flag, auto
+from fractions import Fraction
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,8 @@ class Seat:
     """Smallest rank that shares memory with this one; names the node."""
     cores: tuple[int, ...]
     """Cores that the launcher lets this rank run on."""
+    machine_cores: int = field(default_factory=lambda: os.cpu_count() or 1)
+    """Cores of the machine, also those that this rank may not use."""
 
 
 @dataclass(frozen=True)
@@ -297,7 +300,7 @@ def core_share(mine: Sequence[int], node: Sequence[Sequence[int]]) -> float:
         node: the same for every rank of the node, this one included.
     """
     users = Counter(core for cores in node for core in cores)
-    return sum(1 / users[core] for core in mine)
+    return float(sum(Fraction(1, users[core]) for core in mine))
 
 
 def describe_failure(world: World, error: BaseException, trace: TracebackType | None) -> str:

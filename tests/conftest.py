@@ -8,11 +8,16 @@ ends the whole run, with the stacks of all its threads.
 from __future__ import annotations
 
 import faulthandler
+import io
 import os
 import shutil
+import signal
+import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Generator, Iterator
+import time
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +25,7 @@ import pytest
 
 from hpctrain.world import World, join, launched_size
 
-HANG_S = 180.0
+HANG_S = 120.0
 """A test that takes longer than this hangs."""
 
 _, RANKS = launched_size(os.environ)
@@ -32,7 +37,7 @@ def pytest_configure(config: pytest.Config) -> None:
         # One rank reports for all; what the others print would be mixed into it.
         reporter = config.pluginmanager.get_plugin("terminalreporter")
         if reporter:
-            reporter._tw._file = Path(os.devnull).open("w")
+            reporter._tw._file = io.StringIO()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -57,6 +62,8 @@ def pytest_runtest_makereport(
 
     report = outcome.get_result()
     mine = str(report.longrepr) if report.failed else None
+    if mine:  # at once: the others may be hanging in the test
+        os.write(2, f"{item.nodeid} failed on rank {join().rank}:\n{mine}\n".encode())
     for rank, text in enumerate(all_gather(engine_of(join()).control, mine, label=item.nodeid)):
         if text and not report.failed:
             report.outcome = "failed"
@@ -78,7 +85,70 @@ def shared_folder(world: World) -> Iterator[Path]:
         shutil.rmtree(path)
 
 
+LAUNCHER = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "SLURM_")
+# As the Makefile sets them: Open MPI refuses root and more ranks than cores otherwise.
+OPEN_MPI = {
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "OMPI_MCA_osc": "^ucx",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+}
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a launched command ended."""
+
+    status: int
+    out: str
+    err: str
+    took_s: float
+
+
+class Launch:
+    """Starts commands on several ranks, in a folder of their own, and waits for their end."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.environment = {
+            k: v for k, v in os.environ.items() if not k.startswith(LAUNCHER)
+        } | OPEN_MPI
+
+    def start(self, ranks: int, *command: str | Path, **environment: str) -> subprocess.Popen[str]:
+        """Start Python on `ranks` ranks; 0 for a process without a launcher."""
+        python = Path(sys.executable)
+        launcher = [python.with_name("mpiexec"), "-n", str(ranks)] if ranks else []
+        return subprocess.Popen(
+            [*map(str, launcher), str(python), *map(str, command)],
+            cwd=self.folder,
+            env=self.environment | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def __call__(
+        self, ranks: int, *command: str | Path, limit_s: float = 120, **environment: str
+    ) -> Ended:
+        """Run Python on `ranks` ranks to its end, or kill it at the limit and fail."""
+        begun_s = time.monotonic()
+        process = self.start(ranks, *command, **environment)
+        try:
+            out, err = process.communicate(timeout=limit_s)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            out, err = process.communicate()
+            pytest.fail(f"no end after {limit_s} s:\n{out}\n{err}")
+        return Ended(process.returncode, out, err, time.monotonic() - begun_s)
+
+    def script(self, text: str) -> Path:
+        """A Python file with this text."""
+        path = self.folder / "script.py"
+        path.write_text(text)
+        return path
+
+
 @pytest.fixture
-def on_rank(world: World) -> Callable[[int], bool]:
-    """Whether this is the given rank."""
-    return lambda rank: world.rank == rank
+def launch(tmp_path: Path) -> Launch:
+    return Launch(tmp_path)

@@ -57,7 +57,7 @@ def all_sum(channel: Channel, values: np.ndarray, label: str = "sum") -> np.ndar
     """Element-wise sum over ranks, taken in rank order: the same bits on all ranks."""
 
     def steps(comm: MPI.Intracomm, tag: int) -> Steps:
-        mine = np.ascontiguousarray(values, np.float64)
+        mine = np.asarray(values, np.float64, order="C")
         gathered = np.empty((comm.Get_size(), *mine.shape))
         yield [comm.Iallgather(mine, gathered)]
         total = gathered[0]

@@ -59,10 +59,10 @@ class Scratch:
         else:
             if self._free:  # replace one that is too small instead of keeping both
                 self._free.pop()
-            buffer = torch.empty(nbytes, dtype=torch.uint8)
+            buffer = torch.empty(max(1, nbytes), dtype=torch.uint8)
         self._lent[buffer.data_ptr()] = buffer
         return buffer[:nbytes].view(dtype)
 
     def give(self, tensor: torch.Tensor) -> None:
         """Hand back a tensor from `take`, whole; nobody may use it afterwards."""
-        self._free.append(self._lent.pop(tensor.data_ptr()))
+        self._free.append(self._lent.pop(tensor.untyped_storage().data_ptr()))

@@ -147,7 +147,10 @@ def sum_in_order(out: torch.Tensor, parts: Sequence[torch.Tensor], scale: float)
         total, target = pieces[0], out[start : start + step]
         for piece in pieces[1:-1]:
             total.add_(piece)
-        torch.add(total, pieces[-1], out=target)
+        if len(pieces) == 1:
+            target.copy_(total)
+        else:
+            torch.add(total, pieces[-1], out=target)
         if scale != 1:
             target.mul_(scale)
 

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 
+import torch
 from mpi4py import MPI
 
 from hpctrain.errors import ExitCode
@@ -32,7 +33,10 @@ SELF_HELP_S = 4.0
 """How long after its deadline a rank waits for the watchers to speak before it ends the run."""
 
 _MAIL_BYTES = 4096
-_PACKAGES = tuple(str(Path(module).parent) for module in (__file__, threading.__file__))
+_LIBRARIES = tuple(
+    str(Path(file).parents[level]) + os.sep
+    for file, level in ((__file__, 1), (str(torch.__file__), 0), (threading.__file__, 0))
+)
 _log = logging.getLogger("hpctrain")
 
 
@@ -161,11 +165,11 @@ class Watch:
         missing, _, _ = sort_ranks(inquiry.pending, inquiry.answers, self._world.size)
         if inquiry.final or any(inquiry.answers[rank].left for rank in missing):
             self._end_run(report)
-        _log.warning(report)
+        _log.warning(report, extra={"shown": True})
         os.write(2, f"hpctrain: {report}\n".encode())
 
     def _end_run(self, report: str) -> None:
-        _log.error(report)
+        _log.error(report, extra={"shown": True})
         os.write(2, f"hpctrain: {report}\n  ending the run\n".encode())
         self._world.abort(ExitCode.CRASH)
 
@@ -247,16 +251,21 @@ def describe(pending: Pending, answers: Mapping[int, Status], names: list[str]) 
 
 
 def main_thread_place() -> str:
-    """Where the main thread is: the innermost line of code that is not this package's."""
+    """Where the main thread is: the innermost line that is not this package's or torch's."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     if frame is None:
         return "no main thread"
     place = _place(frame)
     while frame is not None:
-        if not frame.f_code.co_filename.startswith((*_PACKAGES, "<")):
+        if not _is_library(frame.f_code.co_filename):
             return _place(frame)
         frame = frame.f_back
     return place
+
+
+def _is_library(file: str) -> bool:
+    installed = "site-packages" in file and not file.startswith(_LIBRARIES[:2])
+    return file.startswith((*_LIBRARIES, "<")) and not installed
 
 
 def _place(frame: FrameType) -> str:

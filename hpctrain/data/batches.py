@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
-from torch.utils.data import default_collate
+from torch.utils.data import IterableDataset, default_collate
 
 from hpctrain.errors import TrainingError
 
@@ -102,7 +102,11 @@ class Batches:
         self._first = sum(self._sizes[:rank])
         self._rank = rank
         self._source: _Indexed | _Streamed
-        if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+        if (
+            not isinstance(data, IterableDataset)
+            and hasattr(data, "__getitem__")
+            and hasattr(data, "__len__")
+        ):
             self._source = _Indexed(cast(MapStyle, data), seed, shuffle)
         elif isinstance(data, Iterable):
             self._source = _Streamed(data)
@@ -154,7 +158,7 @@ class _Indexed:
     def _index(self, position: int) -> int:
         epoch, offset = divmod(position, self._length)
         if self._shuffle and epoch != self._epoch:
-            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
+            generator = torch.Generator().manual_seed((self._seed * 1_000_003 + epoch) % 2**64)
             self._order = torch.randperm(self._length, generator=generator).numpy()
             self._epoch = epoch
         return int(self._order[offset])
@@ -167,9 +171,12 @@ class _Streamed:
         self._data = data
         self._stream = iter(data)
         self._position = 0
-        self._in_this_pass = 0
 
     def read(self, position: int, count: int) -> list[Any]:
+        if position < self._position:
+            if self._stream is self._data:
+                raise TrainingError("an iterator cannot be read back", value=position)
+            self._stream, self._position = iter(self._data), 0
         while self._position < position:
             self._next()
         return [self._next() for _ in range(count)]
@@ -178,12 +185,8 @@ class _Streamed:
         for _ in range(2):
             for sample in self._stream:
                 self._position += 1
-                self._in_this_pass += 1
                 return sample
-            if self._in_this_pass == 0 or self._stream is self._data:
-                break
             self._stream = iter(self._data)
-            self._in_this_pass = 0
         raise TrainingError(
             f"the training data ended after {self._position} samples",
             fix="give an iterable that can be iterated again, or set fewer train.steps",

@@ -71,7 +71,7 @@ def save(
     """
     name = f"step-{step:09d}"
     side = folder / f".{name}.partial"
-    failure = _attempt(lambda: _begin(side)) if channel.rank == 0 else None
+    failure = _attempt(lambda: _begin(folder, side)) if channel.rank == 0 else None
     barrier_on(channel, "checkpoint begun")
     written: dict[str, dict[str, Any]] = {}
 
@@ -87,6 +87,7 @@ def save(
     if not failures:
         files = {name: entry for entries, _ in everyone for name, entry in entries.items()}
         manifest = {"format": FORMAT, "step": step, "ranks": channel.size, **facts, "files": files}
+        manifest["digest"] = _digest(manifest)
         if channel.rank == 0:
             failure = _attempt(lambda: _publish(side, folder / name, manifest))
         failures = [text for text in broadcast(channel, [failure], label="checkpoint") if text]
@@ -99,8 +100,7 @@ def save(
             everywhere=True,
         )
     if channel.rank == 0:
-        for old in complete_names(folder)[keep:]:
-            shutil.rmtree(folder / old, ignore_errors=True)
+        _prune(folder, name, keep)
     return folder / name
 
 
@@ -121,6 +121,8 @@ def load_newest(channel: Channel, folder: Path) -> tuple[dict[str, Any], dict[st
     Raises:
         CheckpointError: there are checkpoints, but none is intact.
     """
+    if channel.rank == 0:
+        _attempt(lambda: _mend(folder))
     names = broadcast(channel, complete_names(folder), label="checkpoint")
     for name in names:
         read: list[tuple[dict[str, Any], dict[str, Any]]] = []
@@ -192,9 +194,32 @@ def _attempt(action: Any) -> str | None:
     return None
 
 
-def _begin(side: Path) -> None:
-    shutil.rmtree(side, ignore_errors=True)
-    side.mkdir(parents=True)
+def _begin(folder: Path, side: Path) -> None:
+    """Clear away what a kill left, and make the folder to write into."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _mend(folder)
+    for left in folder.glob(".step-*.partial"):
+        shutil.rmtree(left, ignore_errors=True)
+    side.mkdir()
+
+
+def _mend(folder: Path) -> None:
+    """Finish a replacement that a kill cut off: the old one stays unless the new one is in."""
+    for replaced in folder.glob(".step-*.replaced"):
+        name = replaced.name.removeprefix(".").removesuffix(".replaced")
+        if (folder / name / MANIFEST).exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+        else:
+            shutil.rmtree(folder / name, ignore_errors=True)
+            replaced.rename(folder / name)
+
+
+def _prune(folder: Path, saved: str, keep: int) -> None:
+    """Remove old checkpoints, and those of later steps, which this run has gone back from."""
+    names = [name for name in complete_names(folder) if name != saved]
+    older = [name for name in names if name < saved]
+    for name in {*names} - {*older[: keep - 1]}:
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def _write(path: Path, value: Any) -> dict[str, Any]:
@@ -204,6 +229,10 @@ def _write(path: Path, value: Any) -> dict[str, Any]:
         file.flush()
         os.fsync(file.fileno())
     return _entry(path)
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _entry(path: Path) -> dict[str, Any]:
@@ -244,6 +273,8 @@ def _read_into(
     manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
     if manifest["format"] != FORMAT:
         raise CheckpointError("unknown format", value=manifest["format"], allowed=str(FORMAT))
+    if manifest.pop("digest") != _digest(manifest):
+        raise CheckpointError("the manifest does not match its own hash", where=str(folder))
     state: dict[str, Any] = {"own": None}
     for name, entry in manifest["files"].items():
         is_own = name.startswith("rank-")

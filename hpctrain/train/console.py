@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import shutil
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +46,16 @@ def progress_bar(progress: Progress, columns: int) -> str:
     return f"[{'#' * done}{'.' * (room - done)}] {line}"
 
 
+def terminal_columns(stream: TextIO) -> int:
+    """Width of the terminal behind a stream; COLUMNS overrides it, as everywhere."""
+    if os.environ.get("COLUMNS", "").isdigit():
+        return int(os.environ["COLUMNS"])
+    try:
+        return os.get_terminal_size(stream.fileno()).columns
+    except (OSError, ValueError):
+        return 80
+
+
 def duration(seconds: float) -> str:
     """`1h02m`, `3m07s` or `12s`."""
     whole = max(0, round(seconds))
@@ -78,13 +88,20 @@ class Console:
         if not self._speaks:
             return
         if self._live:
-            bar = progress_bar(progress, shutil.get_terminal_size().columns)
+            bar = progress_bar(progress, terminal_columns(self._stream))
             self._stream.write("\r\x1b[K" + bar)
             self._bar_shown = True
         elif now_s() - self._said_s >= self._line_s or progress.step == progress.steps:
             self._said_s = now_s()
             self._stream.write(progress_line(progress) + "\n")
         self._stream.flush()
+
+    def finish(self) -> None:
+        """Leave the bar standing and go to the next line."""
+        if self._bar_shown:
+            self._stream.write("\n")
+            self._stream.flush()
+            self._bar_shown = False
 
     def say(self, text: str) -> None:
         """Show a line, above the bar if there is one."""
@@ -97,22 +114,52 @@ class Console:
         self._stream.flush()
 
 
-def open_log(path: Path, world: World) -> logging.Handler:
-    """Send this rank's log to `path`, each line marked with rank and step."""
+class RankLog:
+    """This rank's log: to a file, each line marked with rank and step; warnings to the console too.
 
-    class Place(logging.Filter):
-        def filter(self, record: logging.LogRecord) -> bool:
-            record.rank = world.rank
-            record.step = "-" if world.position.step is None else world.position.step
-            return True
+    Receives what any part of the program logs, from `INFO` on.
+    """
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path)
-    handler.addFilter(Place())
-    handler.setFormatter(
-        logging.Formatter("%(asctime)s rank %(rank)s step %(step)s %(levelname)s %(message)s")
-    )
-    root = logging.getLogger()
-    root.addHandler(handler)
-    root.setLevel(min(root.level, logging.INFO) if root.level else logging.INFO)
-    return handler
+    def __init__(self, path: Path, world: World, console: Console) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = logging.FileHandler(path)
+        file.addFilter(_Place(world))
+        file.setFormatter(
+            logging.Formatter("%(asctime)s rank %(rank)s step %(step)s %(levelname)s %(message)s")
+        )
+        self._handlers = (file, _Warnings(console))
+        root = logging.getLogger()
+        root.setLevel(min(root.level or logging.INFO, logging.INFO))
+        for handler in self._handlers:
+            root.addHandler(handler)
+
+    def close(self) -> None:
+        """Stop logging to file and console."""
+        for handler in self._handlers:
+            logging.getLogger().removeHandler(handler)
+            handler.close()
+
+
+class _Place(logging.Filter):
+    """Marks records with where this rank stands."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__()
+        self._world = world
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        step = self._world.position.step
+        record.rank, record.step = self._world.rank, "-" if step is None else step
+        return True
+
+
+class _Warnings(logging.Handler):
+    """Shows warnings on the console, unless the record says that it was shown already."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(logging.WARNING)
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not hasattr(record, "shown"):
+            self._console.say(f"{record.levelname.lower()}: {record.getMessage()}")

@@ -26,7 +26,7 @@ from hpctrain.grad.overlap import ExchangeConfig
 from hpctrain.trace import now_s
 from hpctrain.train import checkpoint
 from hpctrain.train.checkpoint import CheckpointConfig
-from hpctrain.train.console import Console, Progress, open_log
+from hpctrain.train.console import Console, Progress, RankLog
 from hpctrain.train.optimizer import ScheduleConfig, build_optimizer
 from hpctrain.train.run_folder import Metrics, RunConfig, open_run
 from hpctrain.world import World
@@ -159,6 +159,7 @@ class Trainer:
             if train.eval_every and done % train.eval_every == 0 and done < train.steps:
                 figures = self.evaluate()
             if every and done % every == 0 and done < train.steps:
+                self._report()
                 self.save()
         figures = self.evaluate()
         self.save()
@@ -311,8 +312,8 @@ class Trainer:
     def _open(self, facts: dict[str, Any]) -> None:
         """Open the run folder's files and continue from its newest checkpoint."""
         world = self.world
-        self._log_handler = open_log(self.run_folder.log(world.rank), world)
         self.console = Console(speaks=world.is_root, line_s=self.settings.run.line_s)
+        self._log = RankLog(self.run_folder.log(world.rank), world, self.console)
         self._resume()
         self._started_at = self.step_number
         self._metrics: Metrics | None = None
@@ -373,6 +374,8 @@ class Trainer:
 
     def _report(self) -> None:
         """Bring the figures of the last steps together, record them and show how far the run is."""
+        if not self._pending:
+            return
         self.world.position.phase = "report"
         mine = np.array(self._pending)
         first = self.step_number - len(mine) + 1
@@ -409,9 +412,9 @@ class Trainer:
 
     def _close(self) -> None:
         self.world.position.phase = "closing"
+        self.console.finish()
         self.world.trace.close()
-        logging.getLogger().removeHandler(self._log_handler)
-        self._log_handler.close()
+        self._log.close()
         barrier_on(self.control, "end of training")
         if self._metrics:
             self._metrics.close()

@@ -13,14 +13,14 @@ from torch import nn
 
 from hpctrain.config import check, nearest, option
 
-_NEEDS_MORE = {"LBFGS": "a closure", "SparseAdam": "sparse gradients"}
+_UNFIT = ("LBFGS", "SparseAdam", "Muon")  # need a closure, sparse gradients, matrices alone
 _OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     name.lower(): cls
     for name, cls in vars(torch.optim).items()
     if inspect.isclass(cls)
     and issubclass(cls, torch.optim.Optimizer)
     and cls is not torch.optim.Optimizer
-    and name not in _NEEDS_MORE
+    and name not in _UNFIT
 }
 
 
@@ -33,7 +33,7 @@ class ScheduleConfig:
     warmup: int = option(0, minimum=0)
     """Steps over which the rate rises along a line from zero."""
     final: float = option(0.0, minimum=0, maximum=1)
-    """Factor at the last step."""
+    """Factor that the rate falls to, reached when the last step is done."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -58,7 +58,7 @@ def check_optimizer(table: Mapping[str, Any], where: str, mistakes: list[str]) -
         mistakes: receives `where: what is wrong`.
     """
     name = table.get("name", "adamw")
-    if name not in _OPTIMIZERS:
+    if not isinstance(name, str) or name not in _OPTIMIZERS:
         mistakes.append(
             f"{where}.name: unknown optimizer {name!r}{nearest(str(name), _OPTIMIZERS)}"
         )
@@ -67,11 +67,13 @@ def check_optimizer(table: Mapping[str, Any], where: str, mistakes: list[str]) -
     unknown = [key for key in table if key != "name" and key not in arguments]
     for key in unknown:
         mistakes.append(f"{where}.{key}: unknown key for {name}{nearest(key, arguments)}")
-    if unknown:
+    odd = [k for k, v in table.items() if isinstance(v, float) and not math.isfinite(v)]
+    mistakes += [f"{where}.{key}: got {table[key]}; allowed: a finite number" for key in odd]
+    if unknown or odd:
         return
     try:
         build_optimizer([nn.Parameter(torch.zeros(1, 1))], table)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except Exception as error:
         mistakes.append(f"{where}: {name} refuses its arguments: {error}")
 
 

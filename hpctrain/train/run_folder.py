@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -70,10 +71,10 @@ class RunFolder:
     def facts(self) -> dict[str, Any]:
         """What run.json says; empty when it is missing or cut off."""
         try:
-            facts: dict[str, Any] = json.loads((self.path / "run.json").read_text())
-            return facts
-        except (OSError, json.JSONDecodeError):
+            facts = json.loads((self.path / "run.json").read_text())
+        except (OSError, ValueError):
             return {}
+        return facts if isinstance(facts, dict) else {}
 
     def write_facts(self, **facts: Any) -> None:
         """Add to run.json, replacing it in one step."""
@@ -137,16 +138,26 @@ def _choose(parent: Path, fingerprint: str, chosen: Path | None, fresh: bool) ->
         chosen.mkdir(parents=True, exist_ok=True)
         return chosen.resolve()
     parent.mkdir(parents=True, exist_ok=True)
-    numbers = sorted(int(p.name) for p in parent.iterdir() if p.name.isdigit())
+    numbers = sorted(int(p.name) for p in parent.iterdir() if re.fullmatch("[0-9]+", p.name))
     for number in reversed(numbers if not fresh else []):
         run = RunFolder(parent / f"{number:03d}")
         facts = run.facts()
-        if facts.get("fingerprint") == fingerprint and not facts.get("finished"):
-            if complete_names(run.checkpoints):
-                return run.path.resolve()
-    path = parent / f"{(numbers[-1] if numbers else 0) + 1:03d}"
-    path.mkdir()
-    return path.resolve()
+        if facts.get("fingerprint") == fingerprint:
+            if facts.get("finished") or not complete_names(run.checkpoints):
+                break
+            return run.path.resolve()
+    return _make_next(parent, numbers[-1] + 1 if numbers else 1)
+
+
+def _make_next(parent: Path, number: int) -> Path:
+    """Make the folder of this number, or of the first after it that nobody else makes."""
+    while True:
+        path = parent / f"{number:03d}"
+        try:
+            path.mkdir()
+            return path.resolve()
+        except FileExistsError:
+            number += 1
 
 
 class Metrics:
@@ -192,7 +203,7 @@ def _reopen(path: Path, resumed_at: int) -> TextIO:
             try:
                 if json.loads(line)["step"] <= resumed_at:
                     kept.append(line + "\n")
-            except (json.JSONDecodeError, KeyError):
+            except (ValueError, TypeError, KeyError):
                 continue
         side = path.with_name(f".{path.name}.partial")
         side.write_text("".join(kept))

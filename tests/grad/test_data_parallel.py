@@ -60,9 +60,7 @@ class Recomputed(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.before(x)
         for _ in range(self.repeats):
-            x = checkpoint(
-                lambda y: torch.tanh(self.shared(y)), x, use_reentrant=self.nested
-            )
+            x = checkpoint(lambda y: torch.tanh(self.shared(y)), x, use_reentrant=self.nested)
         return self.after(x)
 
 
@@ -120,7 +118,9 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "mixed dtypes and sizes": Mixed,
     "2,000 tiny": ManyTiny,
     "channels last": channels_last,
-    "recurrent": lambda: nn.Sequential(nn.Unflatten(1, (2, 3)), nn.GRU(3, 5, batch_first=True), Second()),
+    "recurrent": lambda: nn.Sequential(
+        nn.Unflatten(1, (2, 3)), nn.GRU(3, 5, batch_first=True), Second()
+    ),
 }
 
 
@@ -393,9 +393,7 @@ def test_no_sync_adds_up_and_the_next_backward_averages(world: World) -> None:
             raise RuntimeError("on purpose")
         assert model.exchange.channel.posted == posted
         model(own(world, second)).pow(2).mean().backward()
-        expected = [
-            a + b for a, b in zip(plain(module, first), plain(module, second), strict=True)
-        ]
+        expected = [a + b for a, b in zip(plain(module, first), plain(module, second), strict=True)]
         assert_close(gradients(module), expected)
 
 

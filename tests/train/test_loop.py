@@ -1,4 +1,4 @@
-"""Training over ranks equals training in one process, and goes on after a stop as if there was none."""
+"""Training over ranks equals training in one process; a stopped run goes on as if it had not."""
 
 from __future__ import annotations
 

@@ -1,0 +1,145 @@
+"""What users see when a rank fails, hangs, stops or leaves: its name, its place, and an end."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from hpctrain.world import join
+
+if TYPE_CHECKING:
+    from conftest import Launch
+
+pytestmark = pytest.mark.launch
+
+TRAIN = """
+import os, signal, sys, time
+import torch, hpctrain
+world = hpctrain.join()
+open(f"pid-{world.rank}", "w").write(str(os.getpid()))
+model = hpctrain.DataParallel(
+    torch.nn.Linear(4, 4), hpctrain.ExchangeConfig(deadline_s=DEADLINE, progress="PROGRESS")
+)
+def fail_at_step_3():
+    FAULT
+for step in range(1, 6):
+    world.position.step = step
+    if world.rank == 1 and step == 3:
+        fail_at_step_3()
+    model(torch.ones(2, 4)).sum().backward()
+print("rank", world.rank, "done")
+"""
+
+
+def training(fault: str, deadline_s: float = 60.0, progress: str = "thread") -> str:
+    text = TRAIN.replace("FAULT", fault).replace("DEADLINE", str(deadline_s))
+    return text.replace("PROGRESS", progress)
+
+
+def assert_all_ended(folder: Path, ranks: int) -> None:
+    for rank in range(ranks):
+        pid = int((folder / f"pid-{rank}").read_text())
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            continue
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        assert state == "Z", f"rank {rank} is still there"
+
+
+def test_exception_in_one_rank_ends_all_and_is_shown_first(launch: Launch) -> None:
+    script = launch.script(training('raise ValueError("broken on purpose")'))
+    ended = launch(3, script, limit_s=60)
+    assert ended.status == 1
+    first = ended.err.splitlines()
+    assert first[0].startswith("hpctrain: rank 1 (")
+    assert first[0].endswith("of 3 failed at step 3, setting up")
+    assert first[1].startswith("Traceback")
+    assert "ValueError: broken on purpose" in ended.err
+    assert ended.err.count("Traceback") == 1
+    assert "done" not in ended.out
+    assert_all_ended(launch.folder, 3)
+
+
+@pytest.mark.parametrize("progress", ["thread", "hooks"])
+def test_rank_that_hangs_is_named_with_its_place(launch: Launch, progress: str) -> None:
+    script = launch.script(training("while True: pass", deadline_s=2.0, progress=progress))
+    ended = launch(3, script, limit_s=60)
+    assert ended.status == 1
+    assert ended.err.startswith("hpctrain: block 0 has not finished for 1 s")
+    assert "block 0 has not finished for" in ended.err
+    assert "missing: rank 1" in ended.err
+    assert "step 3" in ended.err
+    assert re.search(r"script\.py:\d+ in fail_at_step_3", ended.err)
+    assert "waiting in it: rank 0" in ended.err
+    assert "ending the run" in ended.err
+    assert_all_ended(launch.folder, 3)
+
+
+@pytest.mark.parametrize("stopped", [0, 1, 2])
+def test_stopped_rank_is_named_whichever_it_is(launch: Launch, stopped: int) -> None:
+    text = training("os.kill(os.getpid(), signal.SIGSTOP)", deadline_s=2.0)
+    script = launch.script(text.replace("world.rank == 1", f"world.rank == {stopped}"))
+    ended = launch(3, script, limit_s=60)
+    assert ended.status != 0
+    assert f"no answer: rank {stopped}" in ended.err
+    assert "stopped, dead or cut off" in ended.err
+    assert_all_ended(launch.folder, 3)
+
+
+def test_rank_that_leaves_early_does_not_keep_the_others_waiting(launch: Launch) -> None:
+    script = launch.script(training("sys.exit(0)", deadline_s=20.0))
+    ended = launch(3, script, limit_s=60)
+    assert ended.status != 0
+    assert "gone: rank 1" in ended.err
+    assert "has left the program" in ended.err
+    assert_all_ended(launch.folder, 3)
+
+
+def test_undisturbed_run_ends_well(launch: Launch) -> None:
+    ended = launch(3, launch.script(training("pass", deadline_s=5.0)))
+    assert ended.status == 0
+    assert sorted(ended.out.splitlines()) == [f"rank {rank} done" for rank in range(3)]
+    assert "hpctrain" not in ended.err
+
+
+def test_mismatch_is_told_once(launch: Launch) -> None:
+    script = launch.script(
+        "import torch, hpctrain\n"
+        "world = hpctrain.join()\n"
+        "hpctrain.DataParallel(torch.nn.Linear(4, 4 + (world.rank == 1)))\n"
+    )
+    ended = launch(3, script, limit_s=60)
+    assert ended.status == 1
+    assert ended.err.count("the model is not the same on all ranks") == 1
+    assert "rank 1" in ended.err
+    assert "weight is (5, 4)" in ended.err
+
+
+def test_launcher_of_another_mpi_is_refused(launch: Launch) -> None:
+    """Each process would be rank 0 of 1, and train alone."""
+    mine = "Open MPI" in join().library
+    foreign = (
+        {"PMI_SIZE": "4", "PMI_RANK": "0"}
+        if mine
+        else {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "0"}
+    )
+    ended = launch(0, "-m", "hpctrain", "doctor", limit_s=60, **foreign)
+    assert ended.status == 3
+    assert "hpctrain: " in ended.err
+    assert "fix: " in ended.err
+    assert "Traceback" not in ended.err
+
+
+def test_srun_without_its_mpi_plugin_is_refused(launch: Launch) -> None:
+    """srun --mpi=none starts processes that know nothing of each other."""
+    ended = launch(
+        0, "-m", "hpctrain", "doctor", limit_s=60, SLURM_STEP_NUM_TASKS="4", SLURM_PROCID="0"
+    )
+    assert ended.status == 3
+    assert "srun started 4 processes" in ended.err
+    assert "srun --mpi=list" in ended.err

@@ -1,0 +1,344 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from hpctrain import job
+from hpctrain.data.batches import Batches
+from hpctrain.errors import ExitCode, JobError
+from hpctrain.job import LoadedJob
+from hpctrain.world import World
+
+SHIPPED = sorted((Path(__file__).parents[1] / "jobs").glob("*.toml"))
+
+MODULE = """
+from torch import nn
+
+def model(width, depth=1):
+    return nn.Sequential(*(nn.Linear(width, width) for _ in range(depth)))
+
+def train_data(count=8):
+    return range(count)
+
+def loss(model, batch):
+    return model(batch).mean()
+"""
+JOB = """
+module = "work.py"
+train = { steps = 10, batch = 4 }
+model = { width = 4 }
+"""
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Writes a job file and its module, returns the path of the job file."""
+
+    def write(text: str = JOB, module: str = MODULE) -> Path:
+        (tmp_path / "work.py").write_text(module)
+        (tmp_path / "mine.toml").write_text(text)
+        return tmp_path / "mine.toml"
+
+    return write
+
+
+def mistakes(path: Path, *overrides: str) -> str:
+    """What is wrong with a job file; one line a mistake after the first."""
+    with pytest.raises(JobError) as caught:
+        job.load(path, overrides)
+    assert caught.value.everywhere
+    assert caught.value.exit_code == ExitCode.BAD_JOB
+    return str(caught.value)
+
+
+# ---------------------------------------------------------------------- good jobs
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_job_gives_a_loss_with_gradients(path: Path) -> None:
+    if path.stem == "digits":
+        pytest.importorskip("sklearn")
+    parts = job.load(path).parts()
+    batches = Batches(parts.train_data, batch=4, collate=parts.collate)
+    loss = parts.loss(parts.model, batches.read(0, 4))
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert all(p.grad is not None for p in parts.model.parameters())
+    assert parts.validation_data is not None and len(parts.validation_data) > 0
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_job_file_fits_in_fifteen_lines(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 15
+
+
+def test_three_lines_are_a_job(write: Write) -> None:
+    loaded = job.load(write())
+    assert (loaded.name, loaded.job.module, loaded.job.train.steps) == ("mine", "work.py", 10)
+    assert loaded.job.settings.train is loaded.job.train
+
+
+def test_module_may_be_named_without_suffix_and_import_its_neighbours(write: Write) -> None:
+    path = write(module="import neighbour_of_work\n" + MODULE)
+    (path.parent / "neighbour_of_work.py").touch()
+    assert job.load(path, ["module=work"]).module.neighbour_of_work
+
+
+# ---------------------------------------------------------------------- mistakes in values
+
+VALUES = [
+    ("trian.steps=5", "trian: unknown key; did you mean 'train'?"),
+    ("train.stepz=5", "train.stepz: unknown key; did you mean 'steps'?"),
+    ("run.qqq=5", "run.qqq: unknown key; valid here: folder, line_s,"),
+    ("train=5", "train: expected a table, got 5"),
+    ("model=5", "model: expected a table, got 5"),
+    ("optimizer=5", "optimizer: expected a table, got 5"),
+    ("module=5", "module: expected a string, got 5"),
+    ("seed=2.0", "seed: expected an integer, got 2.0"),
+    ("train.steps=many", "train.steps: expected an integer, got 'many'"),
+    ("train.steps=true", "train.steps: expected an integer, got True"),
+    ("train.shuffle=1", "train.shuffle: expected true or false, got 1"),
+    ("train.clip_norm=true", "train.clip_norm: expected a number, got True"),
+    ("train.clip_norm=nan", "train.clip_norm: expected a number, got nan"),
+    ("train.clip_norm=-inf", "train.clip_norm: expected a number, got -inf"),
+    ("train.steps=0", "train.steps: got 0; allowed: at least 1"),
+    ("train.clip_norm=0", "train.clip_norm: got 0.0; allowed: more than 0"),
+    ("schedule.final=1.5", "schedule.final: got 1.5; allowed: at least 0 and at most 1"),
+    ("schedule.name=cosin", "(did you mean 'cosine'?)"),
+    ("train.nonfinite=explode", "train.nonfinite: got 'explode'; allowed: stop, skip"),
+    ("schedule.warmup=11", "schedule.warmup: got 11; allowed: at most train.steps, 10"),
+    ("optimizer.name=adamm", "optimizer.name: unknown optimizer 'adamm'; did you mean 'adam"),
+    ('optimizer.name=["adam"]', "optimizer.name: "),
+    ("optimizer.learning_rate=1", "optimizer.learning_rate: unknown key for adamw"),
+    ("optimizer.lr=-1", "optimizer: adamw refuses its arguments: Invalid learning rate: -1"),
+    ("optimizer.lr=fast", "optimizer: adamw refuses its arguments: "),
+    ("optimizer.betas=[0.9]", "optimizer: adamw refuses its arguments: "),
+    ("model.widht=5", "model.widht: unknown key; did you mean 'width'?"),
+    ("data.size=5", "data.size: unknown key; valid here: count"),
+    ("module=wrok.py", "; did you mean 'work.py'?"),
+]
+
+
+@pytest.mark.parametrize(("override", "expected"), VALUES, ids=[value for value, _ in VALUES])
+def test_mistake_is_told_with_its_place(write: Write, override: str, expected: str) -> None:
+    text = mistakes(write(), override)
+    assert "mine.toml has a mistake:\n" in text
+    assert expected in text.splitlines()[1]
+
+
+def test_options_that_exclude_each_other_are_a_mistake(write: Write) -> None:
+    text = mistakes(write(), "exchange.way=native", "exchange.deterministic=true", "seed=-1")
+    assert "has 2 mistakes" in text and "exchange: " in text
+
+
+def test_missing_keys_are_told(write: Write) -> None:
+    text = mistakes(write("train = { batch = 1 }\nmodel = { width = 4 }"))
+    assert "module: missing; it must be set" in text
+    assert "train.steps: missing; it must be set" in text
+
+
+def test_all_mistakes_are_told_at_once(write: Write) -> None:
+    text = """
+        module = "work.py"
+        sed = 1
+        train = { steps = 0, batch = "all", shufle = false, clip_norm = nan }
+        model = { widht = 4 }
+        schedule = { name = "cosin", warmup = true }
+        checkpoint = 5
+        optimizer = { name = "sgd", rate = 1 }
+    """
+    path = write(text, MODULE.replace("def loss", "def lost"))
+    first, *lines = mistakes(path, "run.line_s=-1", "malformed").splitlines()
+    assert first.endswith("has 14 mistakes:")
+    assert sorted(line.split(":")[0].strip() for line in lines) == [
+        "--set malformed",
+        *("checkpoint", "model.widht", "model.width", "module", "optimizer.rate", "run.line_s"),
+        *("schedule.name", "schedule.warmup", "sed"),
+        *("train.batch", "train.clip_norm", "train.shufle", "train.steps"),
+    ]
+
+
+# ---------------------------------------------------------------------- mistakes in the module
+
+
+@pytest.mark.parametrize(
+    ("module", "expected"),
+    [
+        ("import nowhere_to_be_found", "failed: ModuleNotFoundError: No module named 'nowhere"),
+        ("\n\n1 / 0", "ZeroDivisionError: division by zero at "),
+        ("\n\n1 / 0", "work.py:3 in <module>"),
+        ("\ndef model(:", "failed: SyntaxError: "),
+        ("\ndef model(:", "work.py:2"),
+        ("import sys; sys.exit(7)", "failed: SystemExit: 7"),
+        (MODULE.replace("def loss", "def _loss"), "work.py defines no loss(); valid here: "),
+        (MODULE + "\nloss = 3", "work.py defines no loss()"),
+        (MODULE + "\nmetrics = 3", "module: metrics in "),
+        (MODULE.replace("count=8", "count, path='x'"), "data.count: missing; train_data() needs"),
+        (
+            MODULE + "\nimport functools\ntrain_data = functools.partial(lambda n: range(n))",
+            "data.n: missing;",
+        ),
+    ],
+)
+def test_mistake_in_the_module_is_told(write: Write, module: str, expected: str) -> None:
+    assert expected in mistakes(write(module=module))
+
+
+@pytest.mark.parametrize("text", ["", "[model]\nwidth = 3\n"])
+def test_argument_without_default_must_be_given(write: Write, text: str) -> None:
+    path = write('module = "work.py"\ntrain = { steps = 1, batch = 1 }\n' + text)
+    if text:
+        job.load(path)
+    else:
+        assert "model.width: missing; model() needs it" in mistakes(path)
+
+
+def test_functions_may_take_any_arguments(write: Write) -> None:
+    module = MODULE.replace("width, depth=1", "width, depth=1, **rest")
+    assert job.load(write(module=module), ["model.anything=5"]).job.model["anything"] == 5
+
+
+def test_builtin_may_make_the_data(write: Write) -> None:
+    path = write(module=MODULE + "\ntrain_data = dict")
+    assert job.load(path, ["data.x=1"]).parts().train_data == {"x": 1}
+
+
+def test_empty_module_name_is_told(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(write().parent)
+    assert "module: there is no " in mistakes(Path("mine.toml"), "module=")
+
+
+# ---------------------------------------------------------------------- mistakes in the file
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"train = {", "the job file is not TOML"),
+        (b"seed = 1\nseed = 2", "the job file is not TOML"),
+        (b'module = "\xff"', "the job file is not TOML"),
+        (b"", "has 2 mistakes"),
+    ],
+)
+def test_broken_file_is_told(tmp_path: Path, content: bytes, expected: str) -> None:
+    path = tmp_path / "broken.toml"
+    path.write_bytes(content)
+    text = mistakes(path)
+    assert expected in text and str(path) in text
+
+
+def test_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+    assert "cannot be read: No such file" in mistakes(tmp_path / "none.toml")
+    assert "cannot be read: Is a directory" in mistakes(tmp_path)
+
+
+# ---------------------------------------------------------------------- overrides
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("model.width=5", 5),
+        ("model.width=5e-1", 0.5),
+        ("model.width=-1_000", -1000),
+        ("model.width=true", True),
+        ("model.width=wide", "wide"),
+        ("model.width= wide ", "wide"),
+        ("model.width='5'", "5"),
+        ("model.width=/scratch/a=b.txt", "/scratch/a=b.txt"),
+        ("model.width=", ""),
+        ("model.width=[1, 2]", [1, 2]),
+        ("model.width={ a = 1 }", {"a": 1}),
+        (" model.width =5", 5),
+    ],
+)
+def test_override_is_toml_or_a_string(write: Write, override: str, value: object) -> None:
+    got = job.load(write(), [override]).job.model["width"]
+    assert got == value and type(got) is type(value)
+
+
+def test_overrides_make_tables_and_the_last_one_counts(write: Write) -> None:
+    loaded = job.load(
+        write(), ["optimizer.name=sgd", "optimizer.lr=1", "optimizer.lr=0.5", "train.batch=8"]
+    )
+    assert loaded.job.optimizer == {"name": "sgd", "lr": 0.5}
+    assert (loaded.job.train.steps, loaded.job.train.batch) == (10, 8)
+
+
+@pytest.mark.parametrize("text", ["train.steps", "=5", "train..steps=5", ".=5", ""])
+def test_malformed_override_is_told(write: Write, text: str) -> None:
+    assert f"--set {text}: expected table.key=value" in mistakes(write(), text)
+
+
+def test_override_inside_a_value_is_told(write: Write) -> None:
+    text = mistakes(write(), "train.steps.more=5", "seed=-1")
+    assert "--set train.steps.more=5: steps is a value and not a table" in text
+    assert "has 2 mistakes" in text
+
+
+# ---------------------------------------------------------------------- fingerprint
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["seed=1", "train.steps=11", "model.depth=2", "optimizer.lr=1", "exchange.wire=bfloat16"],
+)
+def test_other_values_are_another_job(write: Write, override: str) -> None:
+    assert job.load(write(), [override]).fingerprint != job.load(write()).fingerprint
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["run.folder=/x", "run.log_every=3", "checkpoint.every=7", "train.steps=10", "seed=0"],
+)
+def test_same_job_may_be_kept_differently(write: Write, override: str) -> None:
+    assert job.load(write(), [override]).fingerprint == job.load(write()).fingerprint
+
+
+def test_other_source_is_another_job(write: Write) -> None:
+    before = job.load(write()).fingerprint
+    assert job.load(write(text="# a remark\n" + JOB)).fingerprint == before
+    assert job.load(write(module=MODULE + "\nEXTRA = 1")).fingerprint != before
+
+
+# ---------------------------------------------------------------------- parts
+
+
+def test_same_seed_same_model(write: Write) -> None:
+    def weights(*overrides: str) -> object:
+        return job.load(write(), overrides).parts().model.state_dict()["0.weight"].tolist()
+
+    assert weights() == weights()
+    assert weights() != weights("seed=1")
+
+
+def test_validation_data_gets_the_arguments_it_takes(write: Write) -> None:
+    more = "def validation_data(count):\n    return range(count + 1)\n"
+    module = MODULE.replace("count=8", "count=8, noise=0.1") + more
+    parts = job.load(write(module=module), ["data.count=3", "data.noise=0.5"]).parts()
+    assert (parts.train_data, parts.validation_data) == (range(3), range(4))
+
+
+def trainer_mistakes(world: World, loaded: LoadedJob) -> str:
+    with pytest.raises(JobError) as caught:
+        loaded.trainer(world)
+    assert caught.value.everywhere
+    return str(caught.value)
+
+
+def test_failing_model_is_told_with_rank_and_place(world: World, write: Write) -> None:
+    module = MODULE.replace("    return nn.Seq", "    1 / 0\n    return nn.Seq")
+    text = trainer_mistakes(world, job.load(write(module=module)))
+    assert text.startswith(f"{world.name_of(0)}: work.py failed: ZeroDivisionError")
+    assert text.endswith("work.py:5 in model")
+
+
+def test_model_must_be_a_torch_module(world: World, write: Write) -> None:
+    module = MODULE + "\ndef model(width):\n    return [width]\n"
+    text = trainer_mistakes(world, job.load(write(module=module)))
+    assert "model() returned no torch module: got 'list'" in text
