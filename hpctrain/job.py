@@ -275,12 +275,7 @@ def _parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter] | No
 
 
 def _check_together(job: Job, mistakes: list[str]) -> None:
-    """Values that are possible alone but not together."""
-    if job.schedule.warmup > job.train.steps:
-        mistakes.append(
-            f"schedule.warmup: got {job.schedule.warmup}; "
-            f"allowed: at most train.steps, {job.train.steps}"
-        )
+    """Values that are possible by themselves but not here."""
     if job.run.tensorboard and importlib.util.find_spec("tensorboard") is None:
         mistakes.append("run.tensorboard: needs the package: pip install 'hpctrain[tensorboard]'")
 

@@ -111,7 +111,6 @@ VALUES = [
     ("schedule.final=1.5", "schedule.final: got 1.5; allowed: at least 0 and at most 1"),
     ("schedule.name=cosin", "(did you mean 'cosine'?)"),
     ("train.nonfinite=explode", "train.nonfinite: got 'explode'; allowed: stop, skip"),
-    ("schedule.warmup=11", "schedule.warmup: got 11; allowed: at most train.steps, 10"),
     ("optimizer.name=adamm", "optimizer.name: unknown optimizer 'adamm'; did you mean 'adam"),
     ('optimizer.name=["adam"]', "optimizer.name: "),
     ("optimizer.learning_rate=1", "optimizer.learning_rate: unknown key for adamw"),

@@ -31,7 +31,7 @@ class ScheduleConfig:
     name: str = option("constant", choices=("constant", "linear", "cosine"))
     """Shape after the warm-up: constant, or falling to `final` along a line or a half cosine."""
     warmup: int = option(0, minimum=0)
-    """Steps over which the rate rises along a line from zero."""
+    """Steps over which the rate rises along a line from zero; may exceed those of a short trial."""
     final: float = option(0.0, minimum=0, maximum=1)
     """Factor that the rate falls to, reached when the last step is done."""
 

@@ -102,7 +102,8 @@ def test_peak_memory_does_not_grow_with_the_number_of_subsets(world: World) -> N
     accumulate(parallel, subsets(2), 2, backward)
     before = peak_bytes()
     accumulate(parallel, subsets(6), 6, backward)
-    assert peak_bytes() - before < 38_000_000
+    # Four more subsets and their graphs, if they stayed, would be over 300 MB.
+    assert peak_bytes() - before < 76_000_000
 
 
 def test_nothing_is_read_beyond_the_count(world: World) -> None:

@@ -1,0 +1,214 @@
+"""The command line, as a user starts it: alone, and under mpiexec."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import signal
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from hpctrain import __version__
+
+if TYPE_CHECKING:
+    from conftest import Launch
+
+pytestmark = pytest.mark.launch
+
+JOBS = Path(__file__).parents[1] / "jobs"
+HPCTRAIN = ("-m", "hpctrain")
+
+
+def losses(run: Path) -> list[float]:
+    entries = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [entry["loss"] for entry in entries if "loss" in entry]
+
+
+def final_state(run: Path) -> dict[str, torch.Tensor]:
+    newest = sorted((run / "checkpoints").iterdir())[-1]
+    state: dict[str, torch.Tensor] = torch.load(newest / "model.pt", weights_only=True)
+    return state
+
+
+def validation(run: Path) -> dict[str, float]:
+    entries = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    figures: dict[str, float] = [e["validation"] for e in entries if "validation" in e][-1]
+    return figures
+
+
+def test_version_and_help(launch: Launch) -> None:
+    assert launch(0, *HPCTRAIN, "--version").out.strip() == f"hpctrain {__version__}"
+    text = launch(0, *HPCTRAIN, "--help").out
+    assert all(command in text for command in ("run", "doctor", "report"))
+
+
+def test_digits_reach_their_accuracy_and_leave_a_whole_run_folder(launch: Launch) -> None:
+    ended = launch(2, *HPCTRAIN, "run", JOBS / "digits.toml", limit_s=60)
+    assert ended.status == 0, ended.err
+    run = launch.folder / "runs/digits/001"
+    assert validation(run)["accuracy"] >= 0.97
+    assert len(losses(run)) == 400
+    assert re.search(r"step 400/400  loss .* samples/s  exposed .*% .* left", ended.err)
+    names = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
+    assert {
+        *("run.json", "metrics.jsonl", "timeline.json", "report.html"),
+        *("logs/rank-00000.log", "logs/rank-00001.log"),
+        *("trace/rank-00000.jsonl", "trace/rank-00001.jsonl"),
+        *(f"checkpoints/step-000000400/{n}" for n in ("manifest.json", "model.pt", "optimizer.pt")),
+    } <= names
+    page = (run / "report.html").read_text()
+    images = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    assert len(images) == 2
+    assert all(base64.b64decode(image).startswith(b"\x89PNG") for image in images)
+    timeline = json.loads((run / "timeline.json").read_text())["traceEvents"]
+    assert {event["pid"] for event in timeline} == {0, 1}
+
+    (run / "report.html").unlink()
+    again = launch(0, *HPCTRAIN, "report", run)
+    assert again.status == 0, again.err
+    assert (run / "report.html").is_file()
+
+
+def test_curve_is_the_same_on_any_number_of_ranks(launch: Launch) -> None:
+    """61 samples a step divide neither by 2 nor by 4."""
+    curves = []
+    for ranks in (0, 2, 4):
+        ended = launch(
+            ranks, *HPCTRAIN, "run", JOBS / "digits.toml", "--run-dir", f"of-{ranks}",
+            "--set", "train.steps=30", "--set", "train.batch=61", "--set", "train.micro_batch=9",
+        )  # fmt: skip
+        assert ended.status == 0, ended.err
+        curves.append(losses(launch.folder / f"of-{ranks}"))
+    assert curves[1] == pytest.approx(curves[0], rel=2e-3)
+    assert curves[2] == pytest.approx(curves[0], rel=2e-3)
+    assert curves[1][:5] == pytest.approx(curves[0][:5], rel=1e-5)
+    assert curves[2][:5] == pytest.approx(curves[0][:5], rel=1e-5)
+
+
+def test_killed_run_resumes_and_ends_with_the_same_bits(launch: Launch) -> None:
+    command = (*HPCTRAIN, "run", JOBS / "digits.toml", "--set", "checkpoint.every=20")
+    command += ("--set", "train.steps=120", "--set", "exchange.deterministic=true")
+    whole = launch(2, *command, "--run-dir", "whole")
+    assert whole.status == 0, whole.err
+
+    process = launch.start(2, *command)
+    checkpoints = launch.folder / "runs/digits/001/checkpoints"
+    for _ in range(600):
+        if any(checkpoints.glob("step-*/manifest.json")) or process.poll() is not None:
+            break
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    resumed = launch(2, *command)
+    assert resumed.status == 0, resumed.err
+    run = launch.folder / "runs/digits/001"
+    assert not (launch.folder / "runs/digits/002").exists()
+    if process.returncode != 0:
+        assert re.search(r"resumed at step \d+0\b", resumed.err)
+    first, second = final_state(launch.folder / "whole"), final_state(run)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert losses(run) == losses(launch.folder / "whole")
+
+
+def test_main_job_in_short(launch: Launch) -> None:
+    ended = launch(
+        2, *HPCTRAIN, "run", JOBS / "stdlib_lm.toml",
+        "--set", "train.steps=12", "--set", "train.eval_every=6", "--set", "run.tensorboard=true",
+    )  # fmt: skip
+    assert ended.status == 0, ended.err
+    assert ended.out.startswith("def ")
+    run = launch.folder / "runs/stdlib_lm/001"
+    curve = losses(run)
+    assert len(curve) == 12
+    assert curve[-1] < curve[0]
+    assert ended.err.count("validation loss") == 2
+    assert list((run / "tensorboard").iterdir())
+    facts: dict[str, Any] = json.loads((run / "run.json").read_text())
+    assert facts["job"]["train"]["steps"] == 12
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_all_mistakes_of_a_job_are_told_at_once_and_once(launch: Launch, ranks: int) -> None:
+    ended = launch(
+        ranks, *HPCTRAIN, "run", JOBS / "digits.toml",
+        "--set", "train.stepz=3", "--set", "train.batch=0", "--set", "exchange.progres=hooks",
+        "--set", "optimizer.name=adamm",
+    )  # fmt: skip
+    assert ended.status == 2
+    for mistake in (
+        "has 4 mistakes",
+        "train.stepz: unknown key; did you mean 'steps'?",
+        "train.batch: got 0; allowed: at least 1",
+        "exchange.progres: unknown key; did you mean 'progress'?",
+        "optimizer.name: unknown optimizer 'adamm'; did you mean 'adam'?",
+    ):
+        assert ended.err.count(mistake) == 1, ended.err
+    assert "Traceback" not in ended.err
+    assert not (launch.folder / "runs").exists()
+
+
+def test_job_module_that_fails_on_one_rank_ends_all_with_its_name(launch: Launch) -> None:
+    (launch.folder / "odd.py").write_text(
+        "import hpctrain, torch\n"
+        "def model():\n"
+        "    if hpctrain.join().rank == 1: raise OSError('no such weights')\n"
+        "    return torch.nn.Linear(1, 1)\n"
+        "def train_data(): return [torch.ones(1)]\n"
+        "def loss(model, batch): return model(batch).mean()\n"
+    )
+    (launch.folder / "odd.toml").write_text(
+        'module = "odd.py"\ntrain = { steps = 1, batch = 1 }\noptimizer = { name = "sgd" }\n'
+    )
+    ended = launch(2, *HPCTRAIN, "run", "odd.toml")
+    assert ended.status == 2
+    assert "rank 1" in ended.err
+    assert re.search(r"OSError: no such weights at .*odd\.py:3 in model", ended.err)
+    assert ended.err.count("no such weights") == 1
+
+
+def test_loss_that_fails_in_training_ends_all_with_its_traceback(launch: Launch) -> None:
+    (launch.folder / "odd.py").write_text(
+        "import hpctrain, torch\n"
+        "def model(): return torch.nn.Linear(1, 1)\n"
+        "def train_data(): return [torch.ones(1)]\n"
+        "def loss(model, batch):\n"
+        "    if hpctrain.join().rank == 1: raise KeyError('label')\n"
+        "    return model(batch).mean()\n"
+    )
+    (launch.folder / "odd.toml").write_text(
+        'module = "odd.py"\ntrain = { steps = 1, batch = 2 }\noptimizer = { name = "sgd" }\n'
+    )
+    ended = launch(2, *HPCTRAIN, "run", "odd.toml", limit_s=60)
+    assert ended.status == 1
+    assert "rank 1" in ended.err
+    assert "failed at step 1, forward" in ended.err
+    assert "KeyError: 'label'" in ended.err
+
+
+@pytest.mark.parametrize("ranks", [0, 3])
+def test_doctor(launch: Launch, ranks: int) -> None:
+    ended = launch(ranks, *HPCTRAIN, "doctor", "--json")
+    assert ended.status == 0, ended.err
+    report = json.loads(ended.out)
+    assert report["fit"] is True
+    assert report["ranks"] == max(1, ranks)
+    names = {finding["name"] for finding in report["findings"]}
+    assert {"launcher", "thread level", "versions", "binding", "links", "device buffers"} <= names
+    if ranks:
+        assert {"progress", "all-reduce"} <= names
+    text = launch(ranks, *HPCTRAIN, "doctor").out
+    assert text.splitlines()[-1] == "fit"
+
+
+def test_report_of_no_run_is_refused(launch: Launch) -> None:
+    ended = launch(0, *HPCTRAIN, "report", "nowhere")
+    assert ended.status == 1
+    assert "there is no run here" in ended.err
+    assert "Traceback" not in ended.err
