@@ -98,7 +98,7 @@ def test_stopped_rank_is_named_whichever_it_is(launch: Launch, stopped: int) -> 
 
 
 def test_rank_that_leaves_early_does_not_keep_the_others_waiting(launch: Launch) -> None:
-    script = launch.script(training("sys.exit(0)", deadline_s=20.0))
+    script = launch.script(training("sys.exit(0)", deadline_s=8.0))
     ended = launch(3, script, limit_s=60)
     assert ended.status != 0
     assert "gone: rank 1" in ended.err
