@@ -40,7 +40,15 @@ Operation = Callable[[MPI.Intracomm, int], Steps]
 """Called with the channel's communicator and the first of `TAGS_PER_OPERATION` free tags."""
 
 TAGS_PER_OPERATION = 4
-_TAG_CYCLE = 8000 * TAGS_PER_OPERATION  # below 32,767, the largest tag that MPI guarantees
+FIRST_FIXED_TAG = 16_384
+"""Smaller tags go round among operations; from here on they belong to planned ones."""
+LANES = 8_191
+"""Pairs of fixed tags below 32,767, the largest tag that MPI guarantees."""
+
+IN_FLIGHT_BYTES = 16 << 20
+"""Payload of a channel that may be in flight, unless a single operation has more."""
+IN_FLIGHT = 64
+"""Operations of a channel that may be in flight; bounds the time of a poll."""
 
 _yield_core = getattr(os, "sched_yield", lambda: time.sleep(0))
 
@@ -88,20 +96,25 @@ class Channel:
     """A communicator of its own, whose operations begin in the order in which they were posted.
 
     All ranks must post the same operations in the same order; channels are independent of each
-    other. At most `in_flight` operations run at a time, which bounds their scratch memory.
+    other. From the oldest unfinished operation on, those that have begun carry at most
+    `in_flight_bytes` together, which bounds their scratch memory.
     """
 
-    def __init__(self, engine: Engine, comm: MPI.Intracomm, name: str, in_flight: int) -> None:
+    def __init__(
+        self, engine: Engine, comm: MPI.Intracomm, name: str, in_flight_bytes: int
+    ) -> None:
         self.engine = engine
         self.comm = comm
         self.name = name
-        self.in_flight = in_flight
+        self.in_flight_bytes = in_flight_bytes
         self.rank = comm.Get_rank()
         self.size = comm.Get_size()
         self.posted = 0
         self.finished = 0
         self._queue: deque[tuple[Ticket, Operation]] = deque()
         self._running: list[_Running] = []
+        self._window: deque[Ticket] = deque()
+        self._window_bytes = 0
 
     def post(self, operation: Operation, label: str, nbytes: int = 0) -> Ticket:
         """Queue an operation and begin it if the engine is free. Returns at once.
@@ -132,17 +145,20 @@ class Channel:
 
     def advance(self) -> None:
         """Begin what may begin and resume what can be resumed. The engine calls it, locked."""
-        running = self._running
-        while self._queue and len(running) < self.in_flight:
+        while self._queue and self._has_room(self._queue[0][0]):
             self._begin(*self._queue.popleft())
-        index = 0
-        while index < len(running):
-            if self._step(running[index]):
-                del running[index]
-                if self._queue:
-                    self._begin(*self._queue.popleft())
-            else:
-                index += 1
+        if self._running:
+            self._running = [running for running in self._running if not self._step(running)]
+
+    def _has_room(self, ticket: Ticket) -> bool:
+        """Whether the operation may begin, after forgetting finished ones at the window's start."""
+        window = self._window
+        while window and window[0].done:
+            self._window_bytes -= window.popleft().bytes
+        if not window:
+            return True
+        room = self._window_bytes + ticket.bytes <= self.in_flight_bytes
+        return room and len(window) < IN_FLIGHT
 
     def excuse(self, pause_s: float) -> None:
         """Do not hold `pause_s`, during which this process stood still, against its operations."""
@@ -151,7 +167,9 @@ class Channel:
 
     def _begin(self, ticket: Ticket, operation: Operation) -> None:
         ticket.begun_s = now_s()
-        tag = ticket.number * TAGS_PER_OPERATION % _TAG_CYCLE
+        self._window.append(ticket)
+        self._window_bytes += ticket.bytes
+        tag = ticket.number * TAGS_PER_OPERATION % FIRST_FIXED_TAG
         try:
             self._running.append(_Running(ticket, operation(self.comm, tag)))
         except StopIteration as end:
@@ -210,15 +228,15 @@ class Engine:
             sys.setswitchinterval(min(SWITCH_S, sys.getswitchinterval()))
             self._watch = Watch(world, world.comm.Dup(), self._pending, self._posted)
             self._thread = threading.Thread(target=self._run, name="hpctrain-engine", daemon=True)
-        self.control = self.channel("control", in_flight=64)
+        self.control = self.channel("control")
         """Channel of small collectives: agreement, broadcasts, metrics."""
         if self._thread:
             self._thread.start()
 
-    def channel(self, name: str, in_flight: int = 4) -> Channel:
+    def channel(self, name: str, in_flight_bytes: int = IN_FLIGHT_BYTES) -> Channel:
         """Make a channel over all ranks. Collective, in the same order on all ranks."""
         with self._lock:
-            channel = Channel(self, self.world.comm.Dup(), name, in_flight)
+            channel = Channel(self, self.world.comm.Dup(), name, in_flight_bytes)
             # The first collective of a communicator sets up its connections, with the
             # interpreter lock held: have that happen here and not in the first step.
             channel.comm.Barrier()

@@ -16,7 +16,7 @@ from mpi4py import MPI
 from hpctrain.comm import reduce
 from hpctrain.comm.collect import all_gather, barrier_on
 from hpctrain.comm.engine import PROGRESS_MODES, Channel, Engine, Operation, Steps
-from hpctrain.comm.memory import Scratch, Slab
+from hpctrain.comm.memory import Slab
 from hpctrain.trace import now_s
 
 CLOCK_ROUNDS = 20
@@ -136,9 +136,10 @@ def progress_trial(engine: Engine) -> dict[str, float]:
     turns; a mode's figure is its median time on the slowest rank.
     """
     channel = engine.channel("progress trial")
-    scratch = Scratch()
     slabs = [Slab.allocate(TRIAL_BLOCK_BYTES // 4, torch.float32) for _ in range(TRIAL_BLOCKS)]
-    operations = [reduce.all_reduce("direct", slab, 1.0, None, scratch) for slab in slabs]
+    operations = [
+        reduce.all_reduce("direct", slab, 1.0, lane=lane) for lane, slab in enumerate(slabs)
+    ]
     matrix = torch.rand(128, 128)
     before = engine.progress
     times: dict[str, list[float]] = {mode: [] for mode in PROGRESS_MODES}
@@ -166,10 +167,9 @@ def measure_all_reduce(engine: Engine, nbytes: int, repeats: int = 7) -> dict[st
     """Median seconds to sum a slab of `nbytes`, by way, on the slowest rank."""
     channel = engine.channel("all-reduce trial")
     slab = Slab.allocate(nbytes // 4, torch.float32)
-    scratch = Scratch()
     medians = {}
     for way in reduce.WAYS:
-        operation = reduce.all_reduce(way, slab, 1.0, None, scratch)
+        operation = reduce.all_reduce(way, slab, 1.0)
         times = []
         for _ in range(repeats + 1):
             barrier_on(channel)

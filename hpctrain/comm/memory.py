@@ -1,4 +1,4 @@
-"""Memory that MPI may touch: flat slabs of elements, and scratch that is used again and again."""
+"""Memory that MPI may touch: flat slabs of elements, and scratch that operations share in turn."""
 
 from __future__ import annotations
 
@@ -38,31 +38,31 @@ def buffer_of(tensor: torch.Tensor) -> MPI.buffer:
     return MPI.buffer.fromaddress(tensor.data_ptr(), tensor.numel() * tensor.element_size())
 
 
-class Scratch:
-    """Buffers for operations in flight, kept for the next ones.
+class Ring:
+    """Scratch memory for operations that run in order: each gets the next part of one buffer.
 
-    Holds as many buffers as were ever in use at once, each as large as the largest request it
-    has served. Not for several threads; the engine's lock guards it.
+    Parts are given out once, when operations are planned, and wrap around. Two parts overlap only
+    if the parts given out between them fill the buffer, so operations may use theirs freely as
+    long as those in flight, in order, need no more than `nbytes` together.
+
+    Args:
+        nbytes: how much the operations in flight may need together.
+        largest: the largest part that will be asked for; lost, at most, where the ring wraps.
     """
 
-    def __init__(self) -> None:
-        self._free: list[torch.Tensor] = []
-        self._lent: dict[int, torch.Tensor] = {}
+    def __init__(self, nbytes: int, largest: int) -> None:
+        self._buffer = torch.empty(nbytes + largest, dtype=torch.uint8)
+        self._next = 0
 
-    def take(self, count: int, dtype: torch.dtype) -> torch.Tensor:
-        """A tensor of `count` undefined elements; hand it back with `give`."""
-        nbytes = count * dtype.itemsize
-        fitting = [buffer for buffer in self._free if buffer.numel() >= nbytes]
-        if fitting:
-            buffer = min(fitting, key=torch.Tensor.numel)
-            self._free = [kept for kept in self._free if kept is not buffer]
-        else:
-            if self._free:  # replace one that is too small instead of keeping both
-                self._free.pop()
-            buffer = torch.empty(max(1, nbytes), dtype=torch.uint8)
-        self._lent[buffer.data_ptr()] = buffer
-        return buffer[:nbytes].view(dtype)
+    def part(self, nbytes: int) -> torch.Tensor:
+        """The next `nbytes` bytes, of undefined content, beginning on a cache line."""
+        if self._next + nbytes > self._buffer.numel():
+            self._next = 0
+        start = self._next
+        self._next = aligned(start + nbytes)
+        return self._buffer[start : start + nbytes]
 
-    def give(self, tensor: torch.Tensor) -> None:
-        """Hand back a tensor from `take`, whole; nobody may use it afterwards."""
-        self._free.append(self._lent.pop(tensor.untyped_storage().data_ptr()))
+
+def aligned(nbytes: int) -> int:
+    """`nbytes` rounded up to whole cache lines."""
+    return -(-nbytes // ALIGN_BYTES) * ALIGN_BYTES

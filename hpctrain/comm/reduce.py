@@ -20,8 +20,8 @@ from itertools import pairwise
 import torch
 from mpi4py import MPI
 
-from hpctrain.comm.engine import Operation, Steps
-from hpctrain.comm.memory import Scratch, Slab, buffer_of
+from hpctrain.comm.engine import FIRST_FIXED_TAG, LANES, Operation, Steps
+from hpctrain.comm.memory import Slab, aligned, buffer_of
 
 WAYS = ("native", "direct")
 WIRE_DTYPES: dict[str, torch.dtype | None] = {
@@ -39,36 +39,60 @@ PIECE_BYTES = 1 << 18
 _MPI_TYPES = {torch.float32: MPI.FLOAT, torch.float64: MPI.DOUBLE}
 
 
-def choose(size: int, dtype: torch.dtype, wire: torch.dtype | None, ordered: bool) -> str:
+def is_native(dtype: torch.dtype) -> bool:
+    """Whether MPI libraries sum elements of this dtype."""
+    return dtype in _MPI_TYPES
+
+
+def choose(size: int, dtype: torch.dtype, ordered: bool) -> str:
     """The way to sum slabs of `dtype` over `size` ranks.
 
     Args:
         size: number of ranks.
         dtype: real dtype of the slab.
-        wire: 16-bit dtype on the wire, or None for the slab's own.
-        ordered: whether the sum must be taken in rank order.
+        ordered: whether the sum must be taken in rank order, or narrowed on the wire.
     """
-    if ordered or wire is not None or dtype not in _MPI_TYPES:
+    if ordered or not is_native(dtype):
         return "direct"
     return "direct" if size <= DIRECT_RANKS else "native"
 
 
+def scratch_bytes(slab: Slab, wire: torch.dtype | None, size: int) -> int:
+    """Temporary memory that `all_reduce` needs for a slab on `size` ranks."""
+    count, itemsize = slab.tensor.numel(), slab.tensor.element_size()
+    inbox = (size - 1) * -(-count // size)
+    if wire is not None and wire.itemsize < itemsize:
+        return aligned(count * wire.itemsize) + inbox * wire.itemsize
+    return inbox * itemsize
+
+
 def all_reduce(
-    way: str, slab: Slab, scale: float, wire: torch.dtype | None, scratch: Scratch
+    way: str,
+    slab: Slab,
+    scale: float,
+    wire: torch.dtype | None = None,
+    *,
+    scratch: torch.Tensor | None = None,
+    lane: int = 0,
 ) -> Operation:
     """An operation that replaces `slab` on every rank by `scale` times the sum over ranks.
+
+    It is planned when it first runs, always on the same communicator afterwards, and then runs
+    without allocating.
 
     Args:
         way: one of `WAYS`.
         slab: real elements, of the same number and dtype on all ranks.
         scale: factor of the sum.
         wire: 16-bit dtype on the wire, or None for the slab's own; needs ``direct``.
-        scratch: where temporary memory comes from.
+        scratch: at least `scratch_bytes` bytes, which nobody else uses while the operation runs;
+            by default memory of its own.
+        lane: tells operations apart that run on one channel at the same time; below `LANES`.
     """
     if way == "native":
         assert slab.tensor.dtype in _MPI_TYPES and wire is None
         return _native(slab.tensor, scale)
-    return _direct(slab.tensor, scale, wire, scratch)
+    return _Direct(slab, scale, wire, scratch, lane)
 
 
 def _native(slab: torch.Tensor, scale: float) -> Operation:
@@ -82,48 +106,72 @@ def _native(slab: torch.Tensor, scale: float) -> Operation:
     return steps
 
 
-def _direct(
-    slab: torch.Tensor, scale: float, wire_dtype: torch.dtype | None, scratch: Scratch
-) -> Operation:
-    narrows = wire_dtype is not None and slab.element_size() > 2
+class _Direct:
+    """The way ``direct`` for one slab, with persistent requests and all views made once."""
 
-    def steps(comm: MPI.Intracomm, tag: int) -> Steps:
-        rank, size = comm.Get_rank(), comm.Get_size()
-        if size == 1:
-            if scale != 1:
-                slab.mul_(scale)
-            return
-        cuts = slices(slab.numel(), size)
-        mine = cuts[rank]
-        wire, factor = slab, scale
-        if narrows:
+    def __init__(
+        self,
+        slab: Slab,
+        scale: float,
+        wire: torch.dtype | None,
+        scratch: torch.Tensor | None,
+        lane: int,
+    ) -> None:
+        self._slab = slab.tensor
+        self._slab_and_scratch = slab, scratch
+        self._scale = scale
+        self._wire_dtype = wire if wire and wire.itemsize < slab.tensor.element_size() else None
+        self._tag = FIRST_FIXED_TAG + 2 * (lane % LANES)
+        self._planned_for: MPI.Intracomm | None = None
+
+    def __call__(self, comm: MPI.Intracomm, tag: int) -> Steps:
+        if self._planned_for is None:
+            self._plan(comm)
+        assert self._planned_for is comm, "planned for another channel"
+        if self._wire_dtype is not None:
             # Scaled before it is narrowed: a sum of float16 gradients may exceed 65,504.
-            wire, factor = scratch.take(slab.numel(), wire_dtype or slab.dtype), 1.0
-            torch.mul(slab, scale, out=wire)
+            torch.mul(self._slab, self._scale, out=self._wire)
+        if self._scatter:
+            MPI.Prequest.Startall(self._scatter)
+            yield self._scatter
+        self._sum()
+        if self._gather:
+            MPI.Prequest.Startall(self._gather)
+            yield self._gather
+        if self._wire_dtype is not None:
+            self._slab.copy_(self._wire)
 
-        count = mine.stop - mine.start
-        inbox = scratch.take(count * (size - 1), wire.dtype)
+    def _plan(self, comm: MPI.Intracomm) -> None:
+        rank, size = comm.Get_rank(), comm.Get_size()
+        slab, scratch = self._slab_and_scratch
+        if scratch is None:
+            scratch = torch.empty(scratch_bytes(slab, self._wire_dtype, size), dtype=torch.uint8)
+        self._wire, factor = self._slab, self._scale
+        if self._wire_dtype is not None:
+            nbytes = self._slab.numel() * self._wire_dtype.itemsize
+            self._wire, factor = scratch[:nbytes].view(self._wire_dtype), 1.0
+            scratch = scratch[aligned(nbytes) :]
+
+        cuts = slices(self._slab.numel(), size)
+        mine = self._wire[cuts[rank]]
         others = [peer for peer in range(size) if peer != rank]
-        parts = dict(zip(others, inbox.split(count) if count else (), strict=False))
-        yield _exchange(comm, tag, {peer: wire[cuts[peer]] for peer in others}, parts)
-
-        ordered = (
-            [wire[mine] if peer == rank else parts[peer] for peer in range(size)] if count else []
+        inbox = scratch[: mine.numel() * mine.element_size() * (size - 1)].view(self._wire.dtype)
+        parts = {
+            peer: inbox[place * mine.numel() : (place + 1) * mine.numel()]
+            for place, peer in enumerate(others)
+        }
+        self._scatter = _exchange(
+            comm, self._tag, {peer: self._wire[cuts[peer]] for peer in others}, parts
         )
-        sum_in_order(wire[mine], ordered, factor)
-        scratch.give(inbox)
-
-        yield _exchange(
+        self._gather = _exchange(
             comm,
-            tag + 1,
-            dict.fromkeys(others, wire[mine]),
-            {peer: wire[cuts[peer]] for peer in others},
+            self._tag + 1,
+            dict.fromkeys(others, mine),
+            {peer: self._wire[cuts[peer]] for peer in others},
         )
-        if narrows:
-            slab.copy_(wire)
-            scratch.give(wire)
-
-    return steps
+        ordered = [mine if peer == rank else parts[peer] for peer in range(size)]
+        self._sum = SumInOrder(mine, ordered, factor)
+        self._planned_for = comm
 
 
 def slices(count: int, size: int) -> list[slice]:
@@ -132,41 +180,51 @@ def slices(count: int, size: int) -> list[slice]:
     return [slice(start, stop) for start, stop in pairwise(cuts)]
 
 
-def sum_in_order(out: torch.Tensor, parts: Sequence[torch.Tensor], scale: float) -> None:
-    """Write ``scale * (((parts[0] + parts[1]) + parts[2]) + ...)`` to `out`.
+class SumInOrder:
+    """Writes ``scale * (((parts[0] + parts[1]) + parts[2]) + ...)`` to `out` when called.
 
-    16-bit parts are summed in float32 and rounded once. `out` may be one of the parts; the first
-    part may be overwritten.
+    Works piece by piece, so that a piece stays in the core's own cache between additions. 16-bit
+    parts are summed in float32 and rounded once. `out` may be one of the parts; the first part
+    may be overwritten.
     """
-    if out.element_size() == 2:
-        _sum_16_bit(out, parts, scale)
-        return
-    step = PIECE_BYTES // out.element_size()
-    for start in range(0, out.numel(), step):
-        pieces = [part[start : start + step] for part in parts]
-        total, target = pieces[0], out[start : start + step]
-        for piece in pieces[1:-1]:
-            total.add_(piece)
-        if len(pieces) == 1:
-            target.copy_(total)
-        else:
-            torch.add(total, pieces[-1], out=target)
-        if scale != 1:
-            target.mul_(scale)
 
+    def __init__(self, out: torch.Tensor, parts: Sequence[torch.Tensor], scale: float) -> None:
+        self._scale = scale
+        self._wide: torch.Tensor | None = None
+        step = PIECE_BYTES // out.element_size()
+        if out.element_size() == 2:
+            step //= 2
+            self._wide = torch.empty(min(step, out.numel()), dtype=torch.float32)
+        self._pieces = [
+            (out[start : start + step], [part[start : start + step] for part in parts])
+            for start in range(0, out.numel(), step)
+        ]
 
-def _sum_16_bit(out: torch.Tensor, parts: Sequence[torch.Tensor], scale: float) -> None:
-    step = PIECE_BYTES // 4
-    total = torch.empty(min(step, out.numel()), dtype=torch.float32)
-    for start in range(0, out.numel(), step):
-        pieces = [part[start : start + step] for part in parts]
-        piece_total = total[: pieces[0].numel()]
-        piece_total.copy_(pieces[0])
-        for piece in pieces[1:]:
-            piece_total.add_(piece)
-        if scale != 1:
-            piece_total.mul_(scale)
-        out[start : start + step].copy_(piece_total)
+    def __call__(self) -> None:
+        """Sum what the parts hold now."""
+        for out, parts in self._pieces:
+            if self._wide is not None:
+                self._sum_wide(self._wide[: out.numel()], out, parts)
+                continue
+            total = parts[0]
+            for part in parts[1:-1]:
+                total.add_(part)
+            if len(parts) == 1:
+                out.copy_(total)
+            else:
+                torch.add(total, parts[-1], out=out)
+            if self._scale != 1:
+                out.mul_(self._scale)
+
+    def _sum_wide(
+        self, total: torch.Tensor, out: torch.Tensor, parts: Sequence[torch.Tensor]
+    ) -> None:
+        total.copy_(parts[0])
+        for part in parts[1:]:
+            total.add_(part)
+        if self._scale != 1:
+            total.mul_(self._scale)
+        out.copy_(total)
 
 
 def _exchange(
@@ -174,15 +232,15 @@ def _exchange(
     tag: int,
     sends: dict[int, torch.Tensor],
     receives: dict[int, torch.Tensor],
-) -> list[MPI.Request]:
-    """Start a message to and from each peer; empty ones are left out on both sides."""
+) -> list[MPI.Prequest]:
+    """Messages to and from each peer, to be started; empty ones are left out on both sides."""
     requests = [
-        comm.Irecv([buffer_of(part), MPI.BYTE], peer, tag)
+        comm.Recv_init([buffer_of(part), MPI.BYTE], peer, tag)
         for peer, part in receives.items()
         if part.numel()
     ]
     requests += [
-        comm.Isend([buffer_of(part), MPI.BYTE], peer, tag)
+        comm.Send_init([buffer_of(part), MPI.BYTE], peer, tag)
         for peer, part in sends.items()
         if part.numel()
     ]

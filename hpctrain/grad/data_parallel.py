@@ -59,7 +59,7 @@ class DataParallel(nn.Module):
         replicas.broadcast_state(control, module)
         replicas.check_same_values(control, self.world, module)
         self.exchange.buffers = replicas.BufferSync(
-            module, self.exchange.channel, self.exchange.config.buffers, self.exchange.scratch
+            module, self.exchange.channel, self.exchange.config.buffers
         )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

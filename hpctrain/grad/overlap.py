@@ -33,9 +33,16 @@ from torch.autograd import Variable
 
 from hpctrain.comm import reduce
 from hpctrain.comm.collect import all_gather, broadcast
-from hpctrain.comm.engine import PROGRESS_MODES, Channel, Engine
+from hpctrain.comm.engine import (
+    IN_FLIGHT,
+    IN_FLIGHT_BYTES,
+    PROGRESS_MODES,
+    Channel,
+    Engine,
+    Operation,
+)
 from hpctrain.comm.measure import choose_progress
-from hpctrain.comm.memory import Scratch
+from hpctrain.comm.memory import ALIGN_BYTES, Ring, aligned
 from hpctrain.config import check, option
 from hpctrain.errors import ExchangeError
 from hpctrain.grad.blocks import Block, move, partition
@@ -63,8 +70,8 @@ class ExchangeConfig:
     """What happens to the model's buffers after each step; see grad.replicas.BufferSync."""
     progress: str = option("auto", choices=("auto", *PROGRESS_MODES))
     """Who calls MPI while backward runs; auto takes the faster in a short trial at start."""
-    in_flight: int = option(4, minimum=1)
-    """Blocks on the wire at a time; bounds the memory for messages."""
+    in_flight_bytes: int = option(IN_FLIGHT_BYTES, minimum=1)
+    """Gradients on the wire at a time; bounds the memory for messages."""
     deadline_s: float = option(300.0, above=0)
     """An operation that is not finished by then ends the run, naming the ranks it waits for."""
 
@@ -101,8 +108,7 @@ class Exchange:
         self.config = config
         self.engine = engine
         self.world = engine.world
-        self.channel: Channel = engine.channel(name, config.in_flight)
-        self.scratch = Scratch()
+        self.channel: Channel = engine.channel(name, config.in_flight_bytes)
         self.buffers: BufferSync | None = None
         self.weight = 1.0 / self.world.size
         """This rank's share of the step's samples, for averaging buffers."""
@@ -288,18 +294,36 @@ class Exchange:
                         raise _unusable(self.names[index])
                     move(parameter, view)
             self._blocks.append(block)
-        self._operations = [self._operation(block) for block in self._blocks]
+        self._operations = self._plan(self._blocks)
         self._reset()
 
-    def _operation(self, block: Block) -> Any:
-        dtype = block.slab.tensor.dtype
-        wire = reduce.WIRE_DTYPES[self.config.wire]
-        if dtype.itemsize <= 2:
-            wire = None
-        way = self.config.way
-        if way == "auto" or (way == "native" and dtype not in (torch.float32, torch.float64)):
-            way = reduce.choose(self.world.size, dtype, wire, self.config.deterministic)
-        return reduce.all_reduce(way, block.slab, 1.0 / self.world.size, wire, self.scratch)
+    def _plan(self, blocks: Sequence[Block]) -> list[Operation]:
+        """The operation that reduces each block, with scratch that blocks take turns with."""
+        size, wire = self.world.size, reduce.WIRE_DTYPES[self.config.wire]
+        needed = [aligned(reduce.scratch_bytes(b.slab, wire, size)) for b in blocks]
+        # Blocks in flight are bounded by their payload; the scratch of a tiny one is larger.
+        in_flight = self.config.in_flight_bytes + IN_FLIGHT * (size * 16 + ALIGN_BYTES)
+        ring = Ring(min(in_flight, sum(needed)), max(needed, default=0))
+        return [
+            reduce.all_reduce(
+                self._way(block.slab.tensor.dtype),
+                block.slab,
+                1.0 / size,
+                wire if block.slab.tensor.element_size() > 2 else None,
+                scratch=ring.part(nbytes),
+                lane=block.index,
+            )
+            for block, nbytes in zip(blocks, needed, strict=True)
+        ]
+
+    def _way(self, dtype: torch.dtype) -> str:
+        """How blocks of this dtype are summed; the same on all ranks."""
+        if self.config.way == "direct":
+            return "direct"
+        narrow = self.config.wire != "same" or self.config.deterministic
+        if self.config.way == "native" and reduce.is_native(dtype):
+            return "native"
+        return reduce.choose(self.world.size, dtype, ordered=narrow)
 
     def _release_ready(self) -> None:
         """Release every block from the next one on that is complete, in order."""

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from hpctrain.comm import reduce
 from hpctrain.comm.collect import all_gather, broadcast, broadcast_tensor
-from hpctrain.comm.engine import Channel, Ticket
-from hpctrain.comm.memory import Scratch, Slab
+from hpctrain.comm.engine import LANES, Channel, Operation, Ticket
+from hpctrain.comm.memory import Slab
 from hpctrain.errors import MismatchError
 from hpctrain.world import World
 
@@ -95,7 +96,8 @@ def broadcast_state(channel: Channel, module: nn.Module) -> None:
         flat = data if data.is_contiguous() else data.contiguous()
         if flat is not data:
             copies.append((data, flat))
-        tickets.append(channel.post(broadcast_tensor(flat), "initial parameters"))
+        nbytes = flat.numel() * flat.element_size()
+        tickets.append(channel.post(broadcast_tensor(flat), "initial parameters", nbytes))
     for ticket in tickets:
         channel.engine.wait(ticket)
     for data, flat in copies:
@@ -112,39 +114,55 @@ class BufferSync:
             buffers and the root's of all others; ``local`` leaves each rank its own.
     """
 
-    def __init__(self, module: nn.Module, channel: Channel, mode: str, scratch: Scratch) -> None:
+    def __init__(self, module: nn.Module, channel: Channel, mode: str) -> None:
         self._channel = channel
-        self._scratch = scratch
-        self._mode = mode
-        groups: dict[torch.dtype, list[torch.Tensor]] = {}
-        if mode != "local" and channel.size > 1:
-            for buffer in module.buffers():
-                if buffer.numel():
-                    groups.setdefault(buffer.dtype, []).append(buffer)
-        self._groups = groups
-        self._under_way: list[tuple[Ticket, torch.Tensor, Sequence[torch.Tensor]]] = []
+        self._groups: list[_Group] = []
+        if mode == "local" or channel.size == 1:
+            return
+        kinds: dict[torch.dtype, list[torch.Tensor]] = {}
+        for buffer in module.buffers():
+            if buffer.numel():
+                kinds.setdefault(buffer.dtype, []).append(buffer)
+        for dtype, buffers in kinds.items():
+            flat = torch.empty(sum(buffer.numel() for buffer in buffers), dtype=dtype)
+            averages = mode == "average" and dtype.is_floating_point
+            # Lanes from the end, so that they are not those of blocks.
+            lane = LANES - 1 - len(self._groups)
+            operation = (
+                reduce.all_reduce("direct", Slab(flat), 1.0, lane=lane)
+                if averages
+                else broadcast_tensor(flat)
+            )
+            self._groups.append(_Group(buffers, flat, averages, operation))
+        self._tickets: list[Ticket] = []
 
     def post(self, weight: float) -> None:
         """Start; every rank must. `weight` is this rank's share of the step's samples."""
-        for dtype, buffers in self._groups.items():
-            flat = torch.cat([buffer.detach().flatten() for buffer in buffers])
-            operation = broadcast_tensor(flat)
-            if self._mode == "average" and dtype.is_floating_point:
-                flat.mul_(weight)
-                operation = reduce.all_reduce("direct", Slab(flat), 1.0, None, self._scratch)
-            ticket = self._channel.post(operation, "buffers", flat.numel() * dtype.itemsize)
-            self._under_way.append((ticket, flat, buffers))
+        for group in self._groups:
+            torch.cat([buffer.detach().flatten() for buffer in group.buffers], out=group.flat)
+            if group.averages:
+                group.flat.mul_(weight)
+            nbytes = group.flat.numel() * group.flat.element_size()
+            self._tickets.append(self._channel.post(group.operation, "buffers", nbytes))
 
     def finish(self) -> None:
         """Wait for what `post` started and store it."""
-        for ticket, flat, buffers in self._under_way:
-            self._channel.engine.wait(ticket)
+        for group in self._groups:
+            self._channel.engine.wait(self._tickets.pop(0))
+            parts = group.flat.split([buffer.numel() for buffer in group.buffers])
             with torch.no_grad():
-                for buffer, part in zip(
-                    buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True
-                ):
+                for buffer, part in zip(group.buffers, parts, strict=True):
                     buffer.copy_(part.view(buffer.shape))
-        self._under_way = []
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Buffers of one dtype, and the flat copy in which they travel."""
+
+    buffers: Sequence[torch.Tensor]
+    flat: torch.Tensor
+    averages: bool
+    operation: Operation
 
 
 def _shape(tensor: torch.Tensor) -> str:

@@ -61,7 +61,7 @@ def test_channels_do_not_mix(engine: Engine, world: World) -> None:
 
 
 def test_window_limits_operations_in_flight(engine: Engine, world: World) -> None:
-    channel = engine.channel("narrow", in_flight=2)
+    channel = engine.channel("narrow", in_flight_bytes=20)
     running = 0
     most = 0
 
@@ -74,7 +74,7 @@ def test_window_limits_operations_in_flight(engine: Engine, world: World) -> Non
 
     if world.rank == 0:
         world.comm.Barrier()
-    tickets = [channel.post(counted, "counted") for _ in range(20)]
+    tickets = [channel.post(counted, "counted", nbytes=10) for _ in range(20)]
     if world.rank != 0:
         for _ in range(1000):  # rank 0 has not begun, so nothing can finish
             if running == 2:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hpctrain.comm.memory import Scratch, Slab, buffer_of
+from hpctrain.comm.memory import Ring, Slab, aligned, buffer_of
 
 
 @pytest.mark.parametrize(
@@ -32,67 +32,38 @@ def test_a_tensor_with_gaps_has_no_buffer() -> None:
         buffer_of(torch.zeros(4, 4)[:, 0])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.uint8])
-@pytest.mark.parametrize("count", [0, 1, 1001])
-def test_scratch_is_of_the_count_and_dtype_asked_for(count: int, dtype: torch.dtype) -> None:
-    scratch = Scratch()
-    scratch.give(scratch.take(4000, torch.uint8))
-    taken = scratch.take(count, dtype)
-    assert taken.shape == (count,) and taken.dtype == dtype and taken.is_contiguous()
+def run_of_parts(sizes: list[int], nbytes: int, begin: int) -> list[torch.Tensor]:
+    """Parts given out from number `begin` on, as long as they need no more than `nbytes`."""
+    ring = Ring(nbytes, max(sizes))
+    parts = [ring.part(size) for size in sizes]
+    chosen, used = [], 0
+    for part in parts[begin:]:
+        used += aligned(part.numel())
+        if used > nbytes:
+            break
+        chosen.append(part)
+    return chosen
 
 
-def test_scratch_in_use_is_never_handed_out_again() -> None:
-    scratch = Scratch()
-    scratch.give(scratch.take(100, torch.float32))
-    held = [scratch.take(10, torch.float32) for _ in range(4)]
-    for number, tensor in enumerate(held):
-        tensor.fill_(number)
-    assert [tensor.unique().tolist() for tensor in held] == [[0], [1], [2], [3]]
+@pytest.mark.parametrize("begin", range(12))
+@pytest.mark.parametrize(
+    "sizes", [[64] * 20, [1, 100, 3, 500, 64, 0, 7] * 4, [700] * 20, [900, 1] * 10], ids=str
+)
+def test_parts_in_use_together_do_not_overlap(sizes: list[int], begin: int) -> None:
+    held = run_of_parts(sizes, 1000, begin)
+    for number, part in enumerate(held):
+        part.fill_(number)
+    assert [part.unique().tolist() for part in held] == [
+        [number] if part.numel() else [] for number, part in enumerate(held)
+    ]
 
 
-def test_scratch_given_back_is_used_again_whole() -> None:
-    scratch = Scratch()
-    first = scratch.take(100, torch.float64)
-    address = first.data_ptr()
-    scratch.give(first)
-    for count, dtype in [(3, torch.bfloat16), (200, torch.float32), (100, torch.float64)]:
-        again = scratch.take(count, dtype)
-        assert again.data_ptr() == address
-        scratch.give(again)
-
-
-@pytest.mark.parametrize("kept", [0, 100])
-def test_empty_scratch_can_be_given_back_in_any_order(kept: int) -> None:
-    """A rank's slice of a slab is empty where there are more ranks than elements."""
-    scratch = Scratch()
-    scratch.give(scratch.take(kept, torch.float32))
-    taken = [scratch.take(count, torch.float32) for count in (0, 0, 3)]
-    for tensor in taken:
-        scratch.give(tensor)
-
-
-@pytest.mark.parametrize("given", [(10, 100), (100, 10)])
-def test_scratch_hands_out_the_smallest_buffer_that_fits(given: tuple[int, int]) -> None:
-    scratch = Scratch()
-    taken = {count: scratch.take(count, torch.float32) for count in given}
-    addresses = {count: tensor.data_ptr() for count, tensor in taken.items()}
-    for count in given:
-        scratch.give(taken[count])
-    assert scratch.take(5, torch.float32).data_ptr() == addresses[10]
-    assert scratch.take(50, torch.float32).data_ptr() == addresses[100]
-
-
-def test_scratch_replaces_a_buffer_that_is_too_small() -> None:
-    scratch = Scratch()
-    for count in (10, 20, 30):
-        scratch.give(scratch.take(count, torch.float32))
-    kept = [scratch.take(1, torch.float32) for _ in range(2)]
-    assert [tensor.untyped_storage().nbytes() for tensor in kept] == [120, 4]
-
-
-def test_scratch_works_in_inference_mode() -> None:
-    """Evaluation may reduce too, and views made there do not know their base."""
-    with torch.inference_mode():
-        scratch = Scratch()
-        scratch.give(scratch.take(16, torch.float32))
-        assert scratch.take(2, torch.float32).shape == (2,)
+def test_parts_begin_on_cache_lines_and_stay_within_the_ring() -> None:
+    ring = Ring(1000, 300)
+    base = ring.part(0).untyped_storage()
+    for size in [1, 300, 64, 65, 0, 299] * 10:
+        part = ring.part(size)
+        assert part.numel() == size
+        assert part.storage_offset() % 64 == 0
+        assert part.untyped_storage().data_ptr() == base.data_ptr()
+    assert base.nbytes() == 1300

@@ -9,7 +9,7 @@ from hpctrain import World
 from hpctrain.comm import reduce
 from hpctrain.comm.collect import all_gather
 from hpctrain.comm.engine import Engine, engine_of
-from hpctrain.comm.memory import Scratch, Slab
+from hpctrain.comm.memory import Ring, Slab, aligned
 
 pytestmark = pytest.mark.mpi
 
@@ -44,10 +44,9 @@ def summed(
     mine: torch.Tensor,
     scale: float = 1.0,
     wire: torch.dtype | None = None,
-    scratch: Scratch | None = None,
 ) -> torch.Tensor:
     slab = Slab(mine.clone())
-    operation = reduce.all_reduce(way, slab, scale, wire, scratch or Scratch())
+    operation = reduce.all_reduce(way, slab, scale, wire)
     engine.control.run(operation, way)
     return slab.tensor
 
@@ -103,22 +102,37 @@ def test_direct_gives_the_same_bits_however_the_slab_is_cut(
     assert torch.equal(torch.cat(pieces), whole)
 
 
-def test_scratch_is_shared_by_operations_of_all_sizes(engine: Engine, world: World) -> None:
-    scratch = Scratch()
-    for round_number in range(3):
-        slabs = [Slab(values(world.rank, n, torch.float32)) for n in (1, 1000, 3, 77, 5000)]
+def test_planned_operations_run_again_and_again_on_a_small_ring(
+    engine: Engine, world: World
+) -> None:
+    """Slabs take turns with scratch that is far smaller than all of them together."""
+    channel = engine.channel("ring", in_flight_bytes=9000)
+    slabs = [Slab.allocate(n, torch.float32) for n in (1, 1000, 3, 77, 2000, 900, 1, 1500)]
+    wires = [None, torch.bfloat16] * 4
+    needed = [
+        aligned(reduce.scratch_bytes(slab, wire, world.size))
+        for slab, wire in zip(slabs, wires, strict=True)
+    ]
+    ring = Ring(9000 + 8 * 128 * world.size, max(needed))
+    operations = [
+        reduce.all_reduce("direct", slab, 1.0, wire, scratch=ring.part(nbytes), lane=lane)
+        for lane, (slab, wire, nbytes) in enumerate(zip(slabs, wires, needed, strict=True))
+    ]
+    for turn in range(5):
+        for slab in slabs:
+            slab.tensor.copy_(values(world.rank + turn, slab.tensor.numel(), torch.float32))
         tickets = [
-            engine.control.post(reduce.all_reduce("direct", slab, 1.0, wire, scratch), "sum")
-            for slab, wire in zip(slabs, [None, torch.bfloat16] * 3, strict=False)
+            channel.post(operation, "sum", slab.nbytes)
+            for operation, slab in zip(operations, slabs, strict=True)
         ]
         for ticket in tickets:
             engine.wait(ticket)
-        for slab, wire in zip(slabs, [None, torch.bfloat16] * 3, strict=False):
+        for slab, wire in zip(slabs, wires, strict=True):
             parts = [
-                values(rank, slab.tensor.numel(), torch.float32).to(wire or torch.float32)
+                values(rank + turn, slab.tensor.numel(), torch.float32).to(wire or torch.float32)
                 for rank in range(world.size)
             ]
-            assert torch.equal(slab.tensor, in_rank_order(parts, 1.0).float()), round_number
+            assert torch.equal(slab.tensor, in_rank_order(parts, 1.0).float()), turn
 
 
 def test_infinity_and_nan_reach_every_rank(engine: Engine, world: World) -> None:

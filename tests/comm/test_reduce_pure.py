@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 import torch
 
+from hpctrain.comm.memory import Slab
 from hpctrain.comm.reduce import (
     DIRECT_RANKS,
     PIECE_BYTES,
-    WIRE_DTYPES,
+    SumInOrder,
     choose,
+    scratch_bytes,
     slices,
-    sum_in_order,
 )
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -34,6 +35,10 @@ def plain_sum(parts: Sequence[torch.Tensor], scale: float) -> torch.Tensor:
     for array in arrays[1:]:
         total = total + array
     return torch.from_numpy(np.asarray(total * total.dtype.type(scale))).to(parts[0].dtype)
+
+
+def sum_in_order(out: torch.Tensor, parts: Sequence[torch.Tensor], scale: float) -> None:
+    SumInOrder(out, parts, scale)()
 
 
 def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
@@ -120,24 +125,35 @@ def test_slices_cover_every_element_once_and_evenly(count: int, size: int) -> No
 
 
 @pytest.mark.parametrize(
-    ("size", "dtype", "wire", "ordered", "way"),
+    ("size", "dtype", "ordered", "way"),
     [
-        (2, torch.float32, None, False, "direct"),
-        (DIRECT_RANKS, torch.float64, None, False, "direct"),
-        (DIRECT_RANKS + 1, torch.float32, None, False, "native"),
-        (DIRECT_RANKS + 1, torch.float64, None, False, "native"),
-        (1000, torch.float32, None, True, "direct"),
-        (1000, torch.float32, torch.bfloat16, False, "direct"),
-        (1000, torch.bfloat16, None, False, "direct"),
-        (1000, torch.float16, None, False, "direct"),
+        (2, torch.float32, False, "direct"),
+        (DIRECT_RANKS, torch.float64, False, "direct"),
+        (DIRECT_RANKS + 1, torch.float32, False, "native"),
+        (DIRECT_RANKS + 1, torch.float64, False, "native"),
+        (1000, torch.float32, True, "direct"),
+        (1000, torch.bfloat16, False, "direct"),
+        (1000, torch.float16, False, "direct"),
     ],
 )
 def test_large_worlds_use_native_where_mpi_can_do_what_is_asked(
-    size: int, dtype: torch.dtype, wire: torch.dtype | None, ordered: bool, way: str
+    size: int, dtype: torch.dtype, ordered: bool, way: str
 ) -> None:
-    assert choose(size, dtype, wire, ordered) == way
+    assert choose(size, dtype, ordered) == way
 
 
-def test_wire_dtypes_are_those_that_are_summed_in_float32() -> None:
-    assert {dtype.itemsize for dtype in WIRE_DTYPES.values() if dtype} == {2}
-    assert WIRE_DTYPES["same"] is None
+@pytest.mark.parametrize(
+    ("count", "wire", "size", "nbytes"),
+    [
+        (100, None, 1, 0),
+        (100, None, 4, 3 * 25 * 4),
+        (101, None, 4, 3 * 26 * 4),
+        (2, None, 4, 3 * 1 * 4),
+        (100, torch.bfloat16, 4, 256 + 3 * 25 * 2),
+        (0, torch.bfloat16, 4, 0),
+    ],
+)
+def test_scratch_holds_what_the_other_ranks_send(
+    count: int, wire: torch.dtype | None, size: int, nbytes: int
+) -> None:
+    assert scratch_bytes(Slab.allocate(count, torch.float32), wire, size) == nbytes

