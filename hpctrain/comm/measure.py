@@ -117,18 +117,6 @@ def _ping_pong(other: int, nbytes: int, rounds: int) -> Operation:
     return steps
 
 
-def choose_progress(engine: Engine) -> str:
-    """The progress mode that finishes a short imitation of backward first.
-
-    The same on all ranks; the outcome is kept, so a second call costs nothing.
-    """
-    if engine.world.size == 1:
-        return engine.progress
-    if not engine.trial:
-        engine.trial = progress_trial(engine)
-    return min(engine.trial, key=engine.trial.__getitem__)
-
-
 def progress_trial(engine: Engine) -> dict[str, float]:
     """Seconds that each progress mode needs for the same blocks and computation.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 
 import torch
@@ -61,6 +62,17 @@ class Ring:
         start = self._next
         self._next = aligned(start + nbytes)
         return self._buffer[start : start + nbytes]
+
+
+def release_freed() -> None:
+    """Give memory that was freed back to the system, where the C library can.
+
+    For moments at which much was freed that will not be needed again in the same sizes; malloc
+    would keep it, and the process's peak would count it.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, others need not
+    if trim is not None:
+        trim(0)
 
 
 def aligned(nbytes: int) -> int:

@@ -22,6 +22,7 @@ slab and one to read it back while accumulating, and was slower for every model 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,13 +42,15 @@ from hpctrain.comm.engine import (
     Engine,
     Operation,
 )
-from hpctrain.comm.measure import choose_progress
-from hpctrain.comm.memory import ALIGN_BYTES, Ring, aligned
+from hpctrain.comm.memory import ALIGN_BYTES, Ring, aligned, release_freed
 from hpctrain.config import check, option
 from hpctrain.errors import ExchangeError
 from hpctrain.grad.blocks import Block, move, partition
 from hpctrain.grad.replicas import BUFFER_MODES, BufferSync
+from hpctrain.grad.trial import Trial, medians
 from hpctrain.trace import COMPUTE, now_s
+
+_log = logging.getLogger("hpctrain")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +72,7 @@ class ExchangeConfig:
     buffers: str = option("broadcast", choices=BUFFER_MODES)
     """What happens to the model's buffers after each step; see grad.replicas.BufferSync."""
     progress: str = option("auto", choices=("auto", *PROGRESS_MODES))
-    """Who calls MPI while backward runs; auto takes the faster in a short trial at start."""
+    """Who moves blocks while backward runs; auto tries it out on the first steps (grad.trial)."""
     in_flight_bytes: int = option(IN_FLIGHT_BYTES, minimum=1)
     """Gradients on the wire at a time; bounds the memory for messages."""
     deadline_s: float = option(300.0, above=0)
@@ -115,7 +118,13 @@ class Exchange:
         self.exposed_s = 0.0
         """How long the last step waited for the wire after its backward had ended."""
         engine.deadline_s = config.deadline_s
-        engine.progress = choose_progress(engine) if config.progress == "auto" else config.progress
+        self._trial: Trial | None = None
+        self.progress = config.progress if config.overlap else "after"
+        """How blocks are moved; while it is being found out, that of the current step."""
+        if self.progress == "auto":
+            self._trial = Trial() if self.world.size > 1 else None
+            self.progress = "hooks"
+        self._begun_s = 0.0
 
         self._blocks: list[Block] | None = None
         self._restored_order: list[int] | None = None
@@ -136,6 +145,11 @@ class Exchange:
         """Blocks in the agreed order; empty before the first step."""
         return self._blocks or ()
 
+    @property
+    def is_trying(self) -> bool:
+        """Whether the way in which blocks are moved is still being tried out."""
+        return self._trial is not None
+
     @contextmanager
     def local(self) -> Iterator[None]:
         """Backward calls inside keep their gradients on this rank, to be added up."""
@@ -149,6 +163,8 @@ class Exchange:
         """A backward has begun: exchange when it ends. Called from inside backward."""
         if not self._local and not self._armed:
             self._armed = True
+            self._begun_s = now_s()
+            self.engine.progress = "thread" if self.progress == "thread" else "hooks"
             Variable._execution_engine.queue_callback(self.finish)
 
     def check_idle(self) -> None:
@@ -182,8 +198,10 @@ class Exchange:
             block.settle()
         if self.buffers:
             self.buffers.finish()
-        self._reset()
         self.exposed_s = now_s() - ended_s
+        if self._trial:
+            self._take_turns(self._trial, now_s() - (self._begun_s if self._armed else ended_s))
+        self._reset()
         self.world.trace.add(COMPUTE, "wait for the wire", ended_s, ended_s + self.exposed_s)
 
     def gradient_norm(self) -> torch.Tensor:
@@ -216,6 +234,18 @@ class Exchange:
 
     # ------------------------------------------------------------------ hooks
 
+    def _take_turns(self, trial: Trial, took_s: float) -> None:
+        """Go on to the trial's next mode, or to the best one when it is over. Collective."""
+        trial.record(took_s)
+        if not trial.is_over:
+            self.progress = trial.mode
+            return
+        found = medians(all_gather(self.engine.control, trial.times_s, label="progress trial"))
+        self.progress = min(found, key=found.__getitem__)
+        self._trial = None
+        figures = ", ".join(f"{mode} {seconds * 1e3:.2f} ms" for mode, seconds in found.items())
+        _log.info("blocks are moved by %r; backward and exchange took: %s", self.progress, figures)
+
     def _observer(self, index: int) -> Callable[[torch.Tensor], None]:
         """Hook of the first step: note when and how often the gradient arrives."""
 
@@ -230,7 +260,6 @@ class Exchange:
 
     def _deliverer(self, index: int, block: Block, view: torch.Tensor) -> Callable[..., None]:
         """Hook of all later steps. Runs once a parameter and step, so it looks nothing up twice."""
-        overlap = self.config.overlap
         poll = self.engine.poll
 
         def deliver(parameter: nn.Parameter) -> None:
@@ -242,7 +271,7 @@ class Exchange:
                 return
             if not self._armed:
                 self.begin()
-            if not overlap:
+            if self.progress == "after":
                 return
             self._due[index] -= 1
             if self._due[index] == 0:
@@ -294,6 +323,7 @@ class Exchange:
                         raise _unusable(self.names[index])
                     move(parameter, view)
             self._blocks.append(block)
+        release_freed()  # the gradients of the first step, which were tensors of their own
         self._operations = self._plan(self._blocks)
         self._reset()
 
@@ -330,7 +360,7 @@ class Exchange:
         assert self._blocks is not None
         while self._next < len(self._blocks) and self._blocks[self._next].missing == 0:
             block = self._blocks[self._next]
-            block.flags.fill_(1)
+            block.deliver()
             self._release(block)
 
     def _release(self, block: Block) -> None:
@@ -347,7 +377,7 @@ class Exchange:
         self._due = list(self._arrivals)
         for block in self.blocks:
             block.missing = len(block.members)
-            block.released = False
+            block.delivered = block.released = False
             block.ticket = None
 
 

@@ -358,14 +358,13 @@ class Trainer:
         self.console.say(f"resumed at step {self.step_number}")
 
     def _surroundings(self) -> dict[str, Any]:
-        world, exchange = self.world, self.model.exchange
+        world = self.world
         return {
             "ranks": world.size,
             "nodes": [world.seats[ranks[0]].host for ranks in world.nodes],
             "mpi": world.library,
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
-            "progress": exchange.engine.progress,
             "resumed_at": self.step_number,
         }
 
@@ -418,7 +417,11 @@ class Trainer:
         barrier_on(self.control, "end of training")
         if self._metrics:
             self._metrics.close()
-            self.run_folder.write_facts(finished=True, seconds=now_s() - self._begun_s)
+            self.run_folder.write_facts(
+                finished=True,
+                seconds=now_s() - self._begun_s,
+                progress=self.model.exchange.progress,
+            )
 
 
 def seed_generators(seed: int) -> None:
