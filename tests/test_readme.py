@@ -1,0 +1,132 @@
+"""Every command and every example of the README runs."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from conftest import Launch
+
+pytestmark = pytest.mark.launch
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+COMMANDS = [line for kind, text in BLOCKS if kind == "sh" for line in text.splitlines()]
+LOOP, MODULE = (text for kind, text in BLOCKS if kind == "python")
+(JOB,) = (text for kind, text in BLOCKS if kind == "toml")
+
+
+def shell(launch: Launch, command: str, folder: Path, **environment: str) -> str:
+    """Run a command as a user's shell would, with this environment's commands on the path."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    ended = subprocess.run(
+        ["sh", "-ec", command],
+        cwd=folder,
+        env=launch.environment | {"PATH": path} | environment,
+        capture_output=True,
+        text=True,
+        timeout=170,
+        check=False,
+    )
+    assert ended.returncode == 0, f"{command}\n{ended.stdout}\n{ended.stderr}"
+    return ended.stdout + ended.stderr
+
+
+def test_examples_are_short() -> None:
+    assert len([line for line in LOOP.splitlines() if line]) < 15
+    assert len([line for line in MODULE.splitlines() if line]) < 15
+    assert len(JOB.splitlines()) <= 15
+
+
+def test_commands_are_those_that_are_tested_below() -> None:
+    assert COMMANDS == [
+        "make train",
+        "make test",
+        "mpirun -n 2 python train.py",
+        "mpirun -n 2 hpctrain run product.toml",
+        "mpirun -n 2 hpctrain run product.toml --set train.steps=20 --set exchange.wire=bfloat16",
+        "module load openmpi",
+        "pip install .",
+        "mpirun -n 2 hpctrain doctor",
+        "python benchmarks/step.py --quick",
+    ]
+
+
+def test_make_train(launch: Launch) -> None:
+    """In this environment instead of a fresh one, and with fewer steps."""
+    prefix = Path(sys.prefix)
+    if not (prefix / ".train").exists():
+        pytest.skip("these tests do not run in an environment that make has made for training")
+    text = shell(
+        launch, "make train", ROOT, VENV=str(prefix), NP="2",
+        ARGS=f"--set train.steps=3 --set run.folder={launch.folder}",
+    )  # fmt: skip
+    assert "validation loss" in text
+    assert (launch.folder / "stdlib_lm/001/report.html").is_file()
+
+
+def test_make_test_runs_all_that_it_says(launch: Launch) -> None:
+    """These tests are run by it, so only its plan is looked at."""
+    plan = shell(launch, "make --dry-run test", ROOT)
+    for part in ('-m "not mpi and not slow"', "for n in 2 3 4", "ruff", "mypy", "lint-imports"):
+        assert part in plan
+    assert plan.count("--with-mpi") == 2
+
+
+def test_loop(launch: Launch) -> None:
+    (launch.folder / "train.py").write_text(LOOP)
+    text = shell(launch, COMMANDS[2], launch.folder)
+    assert "rank 0 of 2 is done" in text
+    assert "rank 1 of 2 is done" in text
+
+
+def test_job(launch: Launch) -> None:
+    (launch.folder / "product.py").write_text(MODULE)
+    (launch.folder / "product.toml").write_text(JOB)
+    assert "step 200/200" in shell(launch, COMMANDS[3], launch.folder)
+    assert "step 20/20" in shell(launch, COMMANDS[4], launch.folder)
+
+
+def test_the_sites_own_mpi(launch: Launch) -> None:
+    """In an environment without an MPI from PyPI, the library comes from where a module puts it.
+
+    `module` is a stand-in that sets what environment modules set, and the packages, which
+    `pip install .` would fetch, are those of the environment that runs the tests.
+    """
+    prefix, venv = Path(sys.prefix), launch.folder / "venv"
+    if not (prefix / "lib/libmpi.so").exists():
+        pytest.skip("this environment has no MPI of its own to play the site's")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True)
+    (packages,) = venv.glob("lib/python*/site-packages")
+    (packages / "of_the_tests.pth").write_text(f"{sysconfig.get_path('purelib')}\n{ROOT}\n")
+    command = venv / "bin/hpctrain"
+    command.write_text(
+        f"#!{venv}/bin/python\nimport sys\nfrom hpctrain.cli import main\nsys.exit(main())\n"
+    )
+    command.chmod(0o755)
+    module = (
+        "module() {\n"
+        f'  export PATH="{venv}/bin:{prefix}/bin:$PATH" LD_LIBRARY_PATH="{prefix}/lib"\n'
+        "}\n"
+    )
+    text = shell(launch, module + "\n".join([COMMANDS[5], COMMANDS[7]]), launch.folder)
+    assert "2 rank(s)" in text
+    assert text.strip().endswith("fit")
+    without = shell(launch, f"! {command} doctor", launch.folder, LD_LIBRARY_PATH="")
+    assert "no MPI library can be loaded" in without
+
+
+def test_benchmark(launch: Launch) -> None:
+    shutil.copytree(ROOT / "benchmarks", launch.folder / "benchmarks")
+    shutil.copytree(ROOT / "jobs", launch.folder / "jobs")
+    assert '"ratio_to_ddp"' in shell(launch, COMMANDS[8], launch.folder)
