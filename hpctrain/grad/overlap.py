@@ -128,13 +128,12 @@ class Exchange:
         self._begun_s = 0.0
 
         self._blocks: list[Block] | None = None
-        self._restored_order: list[int] | None = None
         self._local = False
         self._armed = False
         self._next = 0
         self._arrivals: list[int] = [1] * len(self.parameters)
         self._due: list[int] = []
-        self._observed: dict[int, int] = {}
+        self._observed: dict[int, None] = {}  # keys in the order of their last arrival
         self._observed_arrivals = [0] * len(self.parameters)
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(self._observer(index))
@@ -210,17 +209,17 @@ class Exchange:
 
         Between `finish` and the next backward; needs no communication.
         """
-        if not self.blocks:
-            return torch.zeros((), dtype=torch.float64)
-        norms: Sequence[torch.Tensor] = torch._foreach_norm(
-            [block.gradients for block in self.blocks]
-        )
-        total: torch.Tensor = torch.stack([norm.double() for norm in norms]).norm()
+        norms = [torch.zeros((), dtype=torch.float64)]
+        for block in self.blocks:
+            wide = torch.float32 if block.gradients.element_size() == 2 else None
+            norms.append(torch.linalg.vector_norm(block.gradients, dtype=wide).double())
+        total: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms))
         return total
 
     def scale_gradients(self, factor: float) -> None:
         """Multiply every averaged gradient by `factor`."""
-        torch._foreach_mul_([block.gradients for block in self.blocks], factor)
+        for block in self.blocks:
+            block.gradients.mul_(factor)
 
     def state_dict(self) -> dict[str, Any]:
         """The agreed order, so that a resumed run overlaps from its first step on."""
@@ -235,18 +234,6 @@ class Exchange:
 
     # ------------------------------------------------------------------ hooks
 
-    def _take_turns(self, trial: Trial, took_s: float) -> None:
-        """Go on to the trial's next mode, or to the best one when it is over. Collective."""
-        trial.record(took_s)
-        if not trial.is_over:
-            self.progress = trial.mode
-            return
-        found = medians(all_gather(self.engine.control, trial.times_s, label="progress trial"))
-        self.progress = min(found, key=found.__getitem__)
-        self._trial = None
-        figures = ", ".join(f"{mode} {seconds * 1e3:.2f} ms" for mode, seconds in found.items())
-        _log.info("blocks are moved by %r; backward and exchange took: %s", self.progress, figures)
-
     def _observer(self, index: int) -> Callable[[torch.Tensor], None]:
         """Hook of the first step: note when and how often the gradient arrives."""
 
@@ -254,7 +241,7 @@ class Exchange:
             if not self._local:
                 self.begin()
                 self._observed.pop(index, None)
-                self._observed[index] = len(self._observed)
+                self._observed[index] = None
                 self._observed_arrivals[index] += 1
 
         return observe
@@ -289,7 +276,7 @@ class Exchange:
 
     def _build(self) -> None:
         """Agree on the order that the first backward showed, and make the blocks."""
-        seen = sorted(self._observed, key=self._observed.__getitem__)
+        seen = list(self._observed)
         unseen = [i for i in reversed(range(len(self.parameters))) if i not in self._observed]
         ran = all_gather(self.engine.control, len(seen), label="order of blocks")
         speaker = ran.index(max(ran))
@@ -355,6 +342,18 @@ class Exchange:
         if self.config.way == "native" and reduce.is_native(dtype):
             return "native"
         return reduce.choose(self.world.size, dtype, ordered=narrow)
+
+    def _take_turns(self, trial: Trial, took_s: float) -> None:
+        """Go on to the trial's next mode, or to the best one when it is over. Collective."""
+        trial.record(took_s)
+        if not trial.is_over:
+            self.progress = trial.mode
+            return
+        found = medians(all_gather(self.engine.control, trial.times_s, label="progress trial"))
+        self.progress = min(found, key=found.__getitem__)
+        self._trial = None
+        figures = ", ".join(f"{mode} {seconds * 1e3:.2f} ms" for mode, seconds in found.items())
+        _log.info("blocks are moved by %r; backward and exchange took: %s", self.progress, figures)
 
     def _release_ready(self) -> None:
         """Release every block from the next one on that is complete, in order."""

@@ -475,6 +475,13 @@ def test_norm_and_clipping_need_no_communication(world: World) -> None:
         assert abs(model.exchange.gradient_norm() - 0.01) < 1e-6
 
 
+def test_norm_of_16_bit_gradients_does_not_overflow(world: World) -> None:
+    module = nn.Linear(100, 100, bias=False).half()
+    model = DataParallel(module, config())
+    (model(torch.ones(1, 100).half()).sum() * 1000).backward()
+    assert model.exchange.gradient_norm().item() == pytest.approx(1000 * 100, rel=1e-3)
+
+
 @pytest.mark.parametrize("foreach", [False, True])
 def test_optimizers_with_and_without_foreach(world: World, foreach: bool) -> None:
     module, alone = make("perceptron"), make("perceptron")
