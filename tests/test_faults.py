@@ -31,7 +31,8 @@ for step in range(1, 6):
     if world.rank == 1 and step == 3:
         fail_at_step_3()
     model(torch.ones(2, 4)).sum().backward()
-print("rank", world.rank, "done")
+# One write: where Python's output is unbuffered, print makes several, which the ranks mix.
+sys.stdout.write(f"rank {world.rank} done\\n")
 """
 
 
