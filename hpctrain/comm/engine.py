@@ -1,10 +1,12 @@
 """The one place of a process that calls MPI.
 
 An *operation* is a generator: it starts MPI requests, yields them, and is resumed once they are
-complete; between two yields it may compute. A *channel* is a communicator of its own on which
-operations begin in the order in which they were posted. The *engine* drives the operations of all
-channels under one lock, so that never two threads are inside MPI: nonblocking collectives of
-Open MPI 5.0 crash when one thread starts them while another tests them, at any thread level.
+complete; between two yields it may compute. One that waits for something else, such as counters
+in shared memory, yields a function that says whether it has come. A *channel* is a communicator of
+its own on which operations begin in the order in which they were posted. The *engine* drives the
+operations of all channels under one lock, so that never two threads are inside MPI: nonblocking
+collectives of Open MPI 5.0 crash when one thread starts them while another tests them, at any
+thread level.
 
 MPI moves data only while it is called. Who calls is the progress mode:
 
@@ -25,7 +27,8 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -35,7 +38,7 @@ from hpctrain.comm.watch import Pending, Watch
 from hpctrain.trace import WIRE, now_s
 from hpctrain.world import World, fail
 
-Steps = Generator[Sequence[MPI.Request], None, Any]
+Steps = Generator[Sequence[MPI.Request] | Callable[[], bool], None, Any]
 Operation = Callable[[MPI.Intracomm, int], Steps]
 """Called with the channel's communicator and the first of `TAGS_PER_OPERATION` free tags."""
 
@@ -85,14 +88,20 @@ class Ticket:
 
 
 class _Running:
-    """An operation that has begun: its generator and the requests it waits for."""
+    """An operation that has begun: its generator and what it waits for."""
 
-    __slots__ = ("requests", "steps", "ticket")
+    __slots__ = ("awaited", "steps", "ticket")
 
     def __init__(self, ticket: Ticket, steps: Steps) -> None:
         self.ticket = ticket
         self.steps = steps
-        self.requests: Sequence[MPI.Request] = next(steps)
+        self.awaited = next(steps)
+
+    def has_come(self) -> bool:
+        """Whether the operation can be resumed."""
+        if callable(self.awaited):
+            return self.awaited()
+        return MPI.Request.Testall(self.awaited)
 
 
 class Channel:
@@ -193,8 +202,8 @@ class Channel:
     def _step(self, running: _Running) -> bool:
         """Resume the operation as far as it goes; whether it is finished."""
         try:
-            while MPI.Request.Testall(running.requests):
-                running.requests = running.steps.send(None)
+            while running.has_come():
+                running.awaited = running.steps.send(None)
             return False
         except StopIteration as end:
             self._finish(running.ticket, end.value)
@@ -244,9 +253,15 @@ class Engine:
         if self._thread:
             self._thread.start()
 
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """MPI to oneself, for set-up that is no operation. No operation may be in flight."""
+        with self._lock:
+            yield
+
     def channel(self, name: str, in_flight_bytes: int = IN_FLIGHT_BYTES) -> Channel:
         """Make a channel over all ranks. Collective, in the same order on all ranks."""
-        with self._lock:
+        with self.exclusive():
             channel = Channel(self, self.world.comm.Dup(), name, in_flight_bytes)
             # The first collective of a communicator sets up its connections, with the
             # interpreter lock held: have that happen here and not in the first step.

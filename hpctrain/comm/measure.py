@@ -6,7 +6,7 @@ Every function is collective.
 from __future__ import annotations
 
 import statistics
-import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,8 @@ from hpctrain.comm import reduce
 from hpctrain.comm.collect import all_gather, barrier_on
 from hpctrain.comm.engine import PROGRESS_MODES, Channel, Engine, Operation, Steps
 from hpctrain.comm.memory import Slab
+from hpctrain.comm.reducer import ReduceOptions, Reducer
+from hpctrain.comm.select import Tried
 from hpctrain.trace import now_s
 
 CLOCK_ROUNDS = 20
@@ -151,19 +153,10 @@ def progress_trial(engine: Engine) -> dict[str, float]:
     return {mode: max(rank[mode] for rank in gathered) for mode in PROGRESS_MODES}
 
 
-def measure_all_reduce(engine: Engine, nbytes: int, repeats: int = 7) -> dict[str, float]:
-    """Median seconds to sum a slab of `nbytes`, by way, on the slowest rank."""
+def measure_all_reduce(engine: Engine, sizes: Sequence[int]) -> list[Tried]:
+    """Seconds to sum float32 slabs of `sizes` bytes by each way, and the way that a run takes."""
     channel = engine.channel("all-reduce trial")
-    slab = Slab.allocate(nbytes // 4, torch.float32)
-    medians = {}
-    for way in reduce.WAYS:
-        operation = reduce.all_reduce(way, slab, 1.0)
-        times = []
-        for _ in range(repeats + 1):
-            barrier_on(channel)
-            begun_s = time.perf_counter()
-            channel.run(operation, way)
-            times.append(time.perf_counter() - begun_s)
-        medians[way] = statistics.median(times[1:])
-    gathered = all_gather(engine.control, medians)
-    return {way: max(rank[way] for rank in gathered) for way in reduce.WAYS}
+    reducer = Reducer(channel, ReduceOptions())
+    counts = [nbytes // 4 for nbytes in sizes]
+    reducer.plan(reducer.allocate(counts, [torch.float32] * len(counts)))
+    return reducer.tried

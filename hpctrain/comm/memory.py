@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,20 +13,87 @@ ALIGN_BYTES = 64
 """Parts of a slab begin on cache lines, so that no two ranks ever write to one line."""
 
 
+class Counters:
+    """How far each rank of a node is: one counter a rank, in memory that they share.
+
+    A rank writes its own counter only. The fence keeps what a rank wrote to memory before it
+    announced an epoch visible to all that have seen the announcement.
+    """
+
+    def __init__(self, cells: Sequence[memoryview], mine: int, fence: Callable[[], None]) -> None:
+        self._cells = cells
+        self._mine = cells[mine]
+        self._fence = fence
+
+    def announce(self, epoch: int) -> None:
+        """This rank has reached `epoch`."""
+        self._fence()
+        self._mine[0] = epoch
+
+    def reached(self, epoch: int) -> bool:
+        """Whether all ranks of the node have reached `epoch`."""
+        for cell in self._cells:
+            if cell[0] < epoch:
+                return False
+        self._fence()
+        return True
+
+
+class Place:
+    """Where a slab lies in memory that the ranks of a node share.
+
+    Attributes:
+        parts: this slab on each rank of the node, by local rank.
+        local_rank: this rank's place on its node.
+        lanes: how many ranks of each node sum a slice.
+        across: the rank of the same place on every node, by node; empty for ranks without a lane.
+        ready: counters of slabs that may be read.
+        done: counters of slices that are summed and written back.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[torch.Tensor],
+        local_rank: int,
+        lanes: int,
+        across: Sequence[int],
+        ready: Counters,
+        done: Counters,
+    ) -> None:
+        self.parts = tuple(parts)
+        self.local_rank = local_rank
+        self.lanes = lanes
+        self.across = tuple(across)
+        self.ready = ready
+        self.done = done
+        self._epoch = 0
+
+    def begin(self) -> int:
+        """The epoch of the next sum, the same on all ranks of the node."""
+        self._epoch += 1
+        return self._epoch
+
+
 @dataclass(frozen=True)
 class Slab:
     """A contiguous run of elements in host memory.
 
     Attributes:
         tensor: one-dimensional and contiguous; lives as long as the slab.
+        place: where other ranks of the node find it, if they can.
+        chunks: the slab in pieces, if it is larger than one.
     """
 
     tensor: torch.Tensor
+    place: Place | None = None
+    chunks: tuple[Slab, ...] = ()
 
     @classmethod
-    def allocate(cls, count: int, dtype: torch.dtype) -> Slab:
-        """A slab of `count` zeros in host memory."""
-        return cls(torch.zeros(count, dtype=dtype))
+    def allocate(cls, count: int, dtype: torch.dtype, chunk_bytes: int | None = None) -> Slab:
+        """A slab of `count` zeros in memory of this process."""
+        tensor = torch.zeros(count, dtype=dtype)
+        cuts = chunk_cuts(count, dtype.itemsize, chunk_bytes)
+        return cls(tensor, chunks=tuple(Slab(tensor[cut]) for cut in cuts))
 
     @property
     def nbytes(self) -> int:
@@ -39,7 +107,7 @@ def buffer_of(tensor: torch.Tensor) -> MPI.buffer:
     return MPI.buffer.fromaddress(tensor.data_ptr(), tensor.numel() * tensor.element_size())
 
 
-class Ring:
+class ScratchRing:
     """Scratch memory for operations that run in order: each gets the next part of one buffer.
 
     Parts are given out once, when operations are planned, and wrap around. Two parts overlap only
@@ -62,6 +130,17 @@ class Ring:
         start = self._next
         self._next = aligned(start + nbytes)
         return self._buffer[start : start + nbytes]
+
+
+def chunk_cuts(count: int, itemsize: int, chunk_bytes: int | None) -> list[slice]:
+    """Cut a slab into chunks of `chunk_bytes`, the last one smaller; none if it is one chunk.
+
+    Chunks begin on cache lines.
+    """
+    if chunk_bytes is None or count * itemsize <= chunk_bytes:
+        return []
+    step = aligned(chunk_bytes) // itemsize
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
 def release_freed() -> None:

@@ -25,22 +25,26 @@ class Block:
         index: position in the order in which blocks go on the wire.
         members: indices of the parameters, in the order in which backward finishes them.
         parameters: the parameters themselves.
-        slab: gradients and flags, as real elements.
+        slab: gradients and flags, as real elements; `slab_size` says how many.
         views: the part of the slab that is each parameter's gradient.
         gradients: the slab without its flags.
         delivered: whether hooks have brought every gradient into the slab in this step.
         missing: parameters whose gradient backward has not yet finished in this step.
-        ticket: the operation that reduces the slab, while one is under way.
+        tickets: the operations that reduce the slab, while they are under way.
     """
 
-    def __init__(self, index: int, members: Sequence[int], parameters: Sequence[nn.Parameter]):
+    def __init__(
+        self, index: int, members: Sequence[int], parameters: Sequence[nn.Parameter], slab: Slab
+    ) -> None:
         self.index = index
         self.members = tuple(members)
         self.parameters = tuple(parameters)
+        self.slab = slab
         dtype = parameters[0].dtype
         offsets, payload = layout([p.numel() for p in parameters], dtype.itemsize)
-        elements = torch.zeros(payload + len(parameters), dtype=dtype)
-        self.slab = Slab(torch.view_as_real(elements).view(-1) if dtype.is_complex else elements)
+        elements = slab.tensor
+        if dtype.is_complex:
+            elements = torch.view_as_complex(elements.view(-1, 2))
         self.views = tuple(
             _view_like(elements[start : start + parameter.numel()], parameter)
             for start, parameter in zip(offsets, parameters, strict=True)
@@ -55,7 +59,7 @@ class Block:
         self._flags = real.view(bits[real.element_size()]).numpy()
         self._set = self._flags[0].copy()
         self.missing = len(parameters)
-        self.ticket: Ticket | None = None
+        self.tickets: list[Ticket] = []
         self.delivered = False
         self.released = False
 
@@ -89,6 +93,14 @@ class Block:
                 parameter.grad = None
             elif parameter.grad is not view:
                 parameter.grad = view
+
+
+def slab_size(parameters: Sequence[nn.Parameter]) -> tuple[int, torch.dtype]:
+    """Number and dtype of the real elements of a block's slab."""
+    dtype = parameters[0].dtype
+    _, payload = layout([p.numel() for p in parameters], dtype.itemsize)
+    count = payload + len(parameters)
+    return (2 * count, dtype.to_real()) if dtype.is_complex else (count, dtype)
 
 
 def move(parameter: nn.Parameter, view: torch.Tensor) -> None:

@@ -35,18 +35,12 @@ from torch.autograd import Variable
 
 from hpctrain.comm import reduce
 from hpctrain.comm.collect import all_gather, broadcast
-from hpctrain.comm.engine import (
-    IN_FLIGHT,
-    IN_FLIGHT_BYTES,
-    PROGRESS_MODES,
-    Channel,
-    Engine,
-    Operation,
-)
-from hpctrain.comm.memory import ALIGN_BYTES, Ring, aligned, release_freed
+from hpctrain.comm.engine import IN_FLIGHT_BYTES, PROGRESS_MODES, Channel, Engine
+from hpctrain.comm.memory import release_freed
+from hpctrain.comm.reducer import CHUNK_BYTES, ReduceOptions, Reducer
 from hpctrain.config import check, option
 from hpctrain.errors import ExchangeError
-from hpctrain.grad.blocks import Block, move, partition
+from hpctrain.grad.blocks import Block, move, partition, slab_size
 from hpctrain.grad.replicas import BUFFER_MODES, BufferSync
 from hpctrain.grad.trial import Trial, medians
 from hpctrain.trace import COMPUTE, now_s
@@ -67,7 +61,7 @@ class ExchangeConfig:
     wire: str = option("same", choices=tuple(reduce.WIRE_DTYPES))
     """Element type on the wire: the gradient's own, or a 16-bit one that is summed in float32."""
     way: str = option("auto", choices=("auto", *reduce.WAYS))
-    """How a block is summed; see hpctrain.comm.reduce."""
+    """How a block is summed (see hpctrain.comm.reduce); auto tries it out on the first step."""
     deterministic: bool = False
     """Sum in rank order: the same bits from run to run and for any block size."""
     buffers: str = option("broadcast", choices=BUFFER_MODES)
@@ -76,6 +70,8 @@ class ExchangeConfig:
     """Who moves blocks while backward runs; auto tries it out on the first steps (grad.trial)."""
     in_flight_bytes: int = option(IN_FLIGHT_BYTES, minimum=1)
     """Gradients on the wire at a time; bounds the memory for messages."""
+    chunk_bytes: int = option(CHUNK_BYTES, minimum=64)
+    """Largest message operation; larger blocks are cut, so that sums and messages overlap."""
     deadline_s: float = option(300.0, above=0)
     """An operation that is not finished by then ends the run, naming the ranks it waits for."""
 
@@ -113,6 +109,16 @@ class Exchange:
         self.engine = engine
         self.world = engine.world
         self.channel: Channel = engine.channel(name, config.in_flight_bytes)
+        self.reducer = Reducer(
+            self.channel,
+            ReduceOptions(
+                way=config.way,
+                wire=config.wire,
+                ordered=config.deterministic,
+                in_flight_bytes=config.in_flight_bytes,
+                chunk_bytes=config.chunk_bytes,
+            ),
+        )
         self.buffers: BufferSync | None = None
         self.weight = 1.0 / self.world.size
         """This rank's share of the step's samples, for averaging buffers."""
@@ -193,8 +199,8 @@ class Exchange:
         if self.buffers:
             self.buffers.post(self.weight)
         for block in self._blocks:
-            if block.ticket:
-                self.engine.wait(block.ticket)
+            for ticket in block.tickets:
+                self.engine.wait(ticket)
             block.settle()
         if self.buffers:
             self.buffers.finish()
@@ -222,15 +228,15 @@ class Exchange:
             block.gradients.mul_(factor)
 
     def state_dict(self) -> dict[str, Any]:
-        """The agreed order, so that a resumed run overlaps from its first step on."""
+        """The agreed order and ways, so that a resumed run overlaps from its first step on."""
         order = [index for block in self.blocks for index in block.members]
-        return {"order": order, "arrivals": list(self._arrivals)}
+        return {"order": order, "arrivals": list(self._arrivals), "ways": list(self.reducer.ways)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the order of an earlier run. Collective, before the first backward."""
         if sorted(state["order"]) == list(range(len(self.parameters))) and self._blocks is None:
             self._arrivals = list(state["arrivals"])
-            self._lay_out(state["order"])
+            self._lay_out(state["order"], state.get("ways", ()))
 
     # ------------------------------------------------------------------ hooks
 
@@ -289,8 +295,8 @@ class Exchange:
         self._arrivals = [max(1, count) for count in arrivals]
         self._lay_out(order)
 
-    def _lay_out(self, order: Sequence[int]) -> None:
-        """Make the blocks, block by block, so that never two copies of all gradients exist."""
+    def _lay_out(self, order: Sequence[int], ways: Sequence[str] = ()) -> None:
+        """Make the blocks, and choose how each is summed. Collective."""
         groups = partition(
             order,
             [p.numel() * p.element_size() for p in self.parameters],
@@ -298,10 +304,13 @@ class Exchange:
             self.config.block_bytes,
             self.config.block_bytes // 4,
         )
+        members = [[self.parameters[i] for i in group] for group in groups]
+        sizes = [slab_size(parameters) for parameters in members]
+        slabs = self.reducer.allocate([size for size, _ in sizes], [dtype for _, dtype in sizes])
         self._blocks = []
-        for members in groups:
-            block = Block(len(self._blocks), members, [self.parameters[i] for i in members])
-            for index, parameter, view in zip(members, block.parameters, block.views, strict=True):
+        for group, parameters, slab in zip(groups, members, slabs, strict=True):
+            block = Block(len(self._blocks), group, parameters, slab)
+            for index, parameter, view in zip(group, parameters, block.views, strict=True):
                 self._hooks[index].remove()
                 self._hooks[index] = parameter.register_post_accumulate_grad_hook(
                     self._deliverer(index, block, view)
@@ -312,36 +321,8 @@ class Exchange:
                     move(parameter, view)
             self._blocks.append(block)
         release_freed()  # the gradients of the first step, which were tensors of their own
-        self._operations = self._plan(self._blocks)
+        self.reducer.plan(slabs, ways)
         self._reset()
-
-    def _plan(self, blocks: Sequence[Block]) -> list[Operation]:
-        """The operation that reduces each block, with scratch that blocks take turns with."""
-        size, wire = self.world.size, reduce.WIRE_DTYPES[self.config.wire]
-        needed = [aligned(reduce.scratch_bytes(b.slab, wire, size)) for b in blocks]
-        # Blocks in flight are bounded by their payload; the scratch of a tiny one is larger.
-        in_flight = self.config.in_flight_bytes + IN_FLIGHT * (size * 16 + ALIGN_BYTES)
-        ring = Ring(min(in_flight, sum(needed)), max(needed, default=0))
-        return [
-            reduce.all_reduce(
-                self._way(block.slab.tensor.dtype),
-                block.slab,
-                1.0 / size,
-                wire if block.slab.tensor.element_size() > 2 else None,
-                scratch=ring.part(nbytes),
-                lane=block.index,
-            )
-            for block, nbytes in zip(blocks, needed, strict=True)
-        ]
-
-    def _way(self, dtype: torch.dtype) -> str:
-        """How blocks of this dtype are summed; the same on all ranks."""
-        if self.config.way == "direct":
-            return "direct"
-        narrow = self.config.wire != "same" or self.config.deterministic
-        if self.config.way == "native" and reduce.is_native(dtype):
-            return "native"
-        return reduce.choose(self.world.size, dtype, ordered=narrow)
 
     def _take_turns(self, trial: Trial, took_s: float) -> None:
         """Go on to the trial's next mode, or to the best one when it is over. Collective."""
@@ -367,9 +348,7 @@ class Exchange:
         block.released = True
         self._next += 1
         if self.world.size > 1:
-            block.ticket = self.channel.post(
-                self._operations[block.index], block.label, block.slab.nbytes
-            )
+            block.tickets = self.reducer.post(block.index, block.label)
 
     def _reset(self) -> None:
         self._armed = False
@@ -378,7 +357,7 @@ class Exchange:
         for block in self.blocks:
             block.missing = len(block.members)
             block.delivered = block.released = False
-            block.ticket = None
+            block.tickets = []
 
 
 def _unusable(name: str) -> ExchangeError:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hpctrain.comm.memory import Ring, Slab, aligned, buffer_of
+from hpctrain.comm.memory import ScratchRing, Slab, aligned, buffer_of
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_a_tensor_with_gaps_has_no_buffer() -> None:
 
 def run_of_parts(sizes: list[int], nbytes: int, begin: int) -> list[torch.Tensor]:
     """Parts given out from number `begin` on, as long as they need no more than `nbytes`."""
-    ring = Ring(nbytes, max(sizes))
+    ring = ScratchRing(nbytes, max(sizes))
     parts = [ring.part(size) for size in sizes]
     chosen, used = [], 0
     for part in parts[begin:]:
@@ -59,7 +59,7 @@ def test_parts_in_use_together_do_not_overlap(sizes: list[int], begin: int) -> N
 
 
 def test_parts_begin_on_cache_lines_and_stay_within_the_ring() -> None:
-    ring = Ring(1000, 300)
+    ring = ScratchRing(1000, 300)
     base = ring.part(0).untyped_storage()
     for size in [1, 300, 64, 65, 0, 299] * 10:
         part = ring.part(size)

@@ -5,14 +5,8 @@ import pytest
 import torch
 
 from hpctrain.comm.memory import Slab
-from hpctrain.comm.reduce import (
-    DIRECT_RANKS,
-    PIECE_BYTES,
-    SumInOrder,
-    choose,
-    scratch_bytes,
-    slices,
-)
+from hpctrain.comm.reduce import DIRECT_RANKS, possible, scratch_bytes
+from hpctrain.comm.reduce.sums import PIECE_BYTES, SumInOrder, piece_bytes, slices
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 PIECE = {dtype: PIECE_BYTES // max(4, dtype.itemsize) for dtype in DTYPES}
@@ -38,7 +32,7 @@ def plain_sum(parts: Sequence[torch.Tensor], scale: float) -> torch.Tensor:
 
 
 def sum_in_order(out: torch.Tensor, parts: Sequence[torch.Tensor], scale: float) -> None:
-    SumInOrder(out, parts, scale)()
+    SumInOrder([out], parts, scale)()
 
 
 def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
@@ -124,22 +118,64 @@ def test_slices_cover_every_element_once_and_evenly(count: int, size: int) -> No
     assert max(lengths) - min(lengths) <= 1
 
 
+@pytest.mark.parametrize("multiple", [1, 16])
+@pytest.mark.parametrize("count", [0, 1, 15, 16, 17, 1000])
+@pytest.mark.parametrize("size", [1, 3, 6])
+def test_slices_are_cut_at_whole_lines(count: int, size: int, multiple: int) -> None:
+    cuts = slices(count, size, multiple)
+    assert [index for cut in cuts for index in range(count)[cut]] == list(range(count))
+    assert all(cut.start % multiple == 0 or cut.start == count for cut in cuts)
+    lengths = [cut.stop - cut.start for cut in cuts]
+    assert max(lengths) - min(lengths) <= 2 * multiple
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("count", [0, 7, 100_000])
+def test_sum_is_written_to_all_parts(count: int, dtype: torch.dtype) -> None:
+    numbers = parts_of(count, 3, dtype)
+    expected = plain_sum(numbers, 0.5)
+    SumInOrder([numbers[1], numbers[0], numbers[2]], numbers, 0.5)()
+    assert all(same_bits(number, expected) for number in numbers)
+
+
+def test_pieces_of_many_parts_are_smaller_but_not_tiny() -> None:
+    sizes = [piece_bytes(parts) for parts in (1, 2, 4, 8, 64, 1000)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] == PIECE_BYTES
+    assert sizes[-1] >= 1 << 12
+
+
+ONE_NODE, TWO_NODES, LONE_RANKS = [[0, 1, 2, 3]], [[0, 1], [2, 3]], [[0], [1]]
+MANY = [list(range(DIRECT_RANKS + 1))]
+
+
 @pytest.mark.parametrize(
-    ("size", "dtype", "ordered", "way"),
+    ("nodes", "shared", "dtype", "ordered", "narrow", "ways"),
     [
-        (2, torch.float32, False, "direct"),
-        (DIRECT_RANKS, torch.float64, False, "direct"),
-        (DIRECT_RANKS + 1, torch.float32, False, "native"),
-        (DIRECT_RANKS + 1, torch.float64, False, "native"),
-        (1000, torch.float32, True, "direct"),
-        (1000, torch.bfloat16, False, "direct"),
-        (1000, torch.float16, False, "direct"),
+        (ONE_NODE, True, torch.float32, False, False, ["shared", "direct"]),
+        (ONE_NODE, True, torch.bfloat16, True, False, ["shared", "direct"]),
+        (ONE_NODE, False, torch.float32, False, False, ["direct"]),
+        (TWO_NODES, True, torch.float32, False, False, ["two_level", "direct", "ring", "native"]),
+        (TWO_NODES, True, torch.float32, True, False, ["two_level"]),
+        (TWO_NODES, True, torch.float32, False, True, ["two_level", "direct", "ring"]),
+        (TWO_NODES, True, torch.float16, False, False, ["two_level", "direct", "ring"]),
+        (LONE_RANKS, False, torch.float64, True, False, ["direct"]),
+        (LONE_RANKS, False, torch.float64, False, False, ["direct", "ring", "native"]),
+        (MANY, False, torch.float32, False, False, ["ring", "native"]),
+        (MANY, False, torch.bfloat16, False, False, ["ring"]),
+        (MANY, False, torch.float32, True, False, ["direct"]),
     ],
 )
-def test_large_worlds_use_native_where_mpi_can_do_what_is_asked(
-    size: int, dtype: torch.dtype, ordered: bool, way: str
+def test_only_ways_that_give_what_is_asked_compete(
+    nodes: list[list[int]],
+    shared: bool,
+    dtype: torch.dtype,
+    ordered: bool,
+    narrow: bool,
+    ways: list[str],
 ) -> None:
-    assert choose(size, dtype, ordered) == way
+    found = possible(nodes, dtype, in_shared_memory=shared, ordered=ordered, narrow=narrow)
+    assert found == ways
 
 
 @pytest.mark.parametrize(
@@ -156,4 +192,4 @@ def test_large_worlds_use_native_where_mpi_can_do_what_is_asked(
 def test_scratch_holds_what_the_other_ranks_send(
     count: int, wire: torch.dtype | None, size: int, nbytes: int
 ) -> None:
-    assert scratch_bytes(Slab.allocate(count, torch.float32), wire, size) == nbytes
+    assert scratch_bytes("direct", Slab.allocate(count, torch.float32), wire, size) == nbytes

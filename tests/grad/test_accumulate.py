@@ -65,7 +65,9 @@ def test_blocks_go_on_the_wire_with_the_last_subset(world: World) -> None:
         accumulate(parallel, samples(6).split(2), 3, backward)
     blocks = len(parallel.exchange.blocks)
     assert blocks > 1
-    assert posted == [0, 0, blocks, blocks, blocks, 2 * blocks]
+    assert posted[:2] == [0, 0]
+    before = posted[2]  # the first step also tries ways to sum
+    assert posted[3:] == [before, before, before + blocks]
 
 
 def test_a_subset_is_freed_before_the_next_is_read(world: World) -> None:

@@ -246,7 +246,7 @@ def test_deterministic_gives_the_same_bits_for_any_block_size(
 def test_16_bits_on_the_wire_are_summed_in_float32(world: World, wire: str) -> None:
     """Each rank's part is rounded once and the sum once: no error that grows with the ranks."""
     module = make("perceptron", torch.float32)
-    model = DataParallel(module, config(wire=wire, buffers="local"))
+    model = DataParallel(module, config(wire=wire, way="direct", buffers="local"))
     dtype = getattr(torch, wire)
     for step in range(3):
         x = own(world, batch_of(world, step).float())
@@ -261,6 +261,16 @@ def test_16_bits_on_the_wire_are_summed_in_float32(world: World, wire: str) -> N
             expected = total.to(dtype).float()
             assert torch.allclose(found, expected, rtol=torch.finfo(dtype).eps, atol=1e-7)
         assert_same_bits(world, gradients(module))
+
+
+def test_shared_memory_has_no_wire_that_would_round(world: World) -> None:
+    found = []
+    for wire in ("same", "bfloat16"):
+        module = make("perceptron", torch.float32)
+        model = DataParallel(module, config(wire=wire, way="shared"))
+        model(own(world, batch_of(world, 0).float())).pow(2).mean().backward()
+        found.append([gradient.clone() for gradient in gradients(module)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

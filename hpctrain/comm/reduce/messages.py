@@ -1,0 +1,237 @@
+"""Sums by messages between the members of a group: all pairs at once, or round a ring.
+
+Both cut the slab into a slice a member, sum each slice on one member (reduce-scatter) and hand the
+sums round (all-gather). They move 2 (n-1)/n of a slab in and out of each member, which is the
+least that an all-reduce can do (Patarasuk and Yuan, 2009).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from mpi4py import MPI
+
+from hpctrain.comm.engine import FIRST_FIXED_TAG, LANES, Steps
+from hpctrain.comm.memory import aligned, buffer_of
+from hpctrain.comm.reduce.sums import SumInOrder, slices
+
+
+class _Planned:
+    """What both have in common: planned on the first communicator that they run on.
+
+    Args:
+        slab: real elements, contiguous, on the host.
+        scale: factor of the sum.
+        wire: narrower dtype on the wire, or None for the slab's own.
+        members: ranks of the group, in the order of summation; None for the whole communicator.
+        scratch: at least `scratch_bytes` bytes, which nobody else uses while the operation runs.
+        lane: tells operations apart that run on one channel at the same time.
+    """
+
+    def __init__(
+        self,
+        slab: torch.Tensor,
+        scale: float,
+        wire: torch.dtype | None,
+        members: Sequence[int] | None,
+        scratch: torch.Tensor | None,
+        lane: int,
+    ) -> None:
+        self._slab = slab
+        self._scale = scale
+        self._narrow = narrower(wire, slab.dtype)
+        self._members = members
+        self._scratch = scratch
+        self._tag = FIRST_FIXED_TAG + 2 * (lane % LANES)
+        self._planned_for: MPI.Intracomm | None = None
+
+    def _prepare(self, comm: MPI.Intracomm) -> None:
+        """Plan at the first run."""
+        if self._planned_for is None:
+            members = tuple(range(comm.Get_size()) if self._members is None else self._members)
+            here = members.index(comm.Get_rank())
+            if self._scratch is None:
+                nbytes = self.scratch_bytes(
+                    self._slab.numel(), self._slab.dtype, self._narrow, len(members)
+                )
+                self._scratch = torch.empty(nbytes, dtype=torch.uint8)
+            self._plan(comm, members, here, self._scratch)
+            self._planned_for = comm
+        assert self._planned_for is comm, "planned for another channel"
+
+    def _plan(
+        self, comm: MPI.Intracomm, members: tuple[int, ...], here: int, scratch: torch.Tensor
+    ) -> None:
+        raise NotImplementedError
+
+    @staticmethod
+    def scratch_bytes(
+        count: int, dtype: torch.dtype, wire: torch.dtype | None, members: int
+    ) -> int:
+        """Temporary memory for `count` elements."""
+        raise NotImplementedError
+
+    def _split_scratch(self, scratch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The elements as they go on the wire, and an inbox of the same dtype."""
+        if self._narrow is None:
+            return self._slab, scratch.view(self._slab.dtype)
+        nbytes = self._slab.numel() * self._narrow.itemsize
+        return scratch[:nbytes].view(self._narrow), scratch[aligned(nbytes) :].view(self._narrow)
+
+
+class Direct(_Planned):
+    """All pairs: member m gets slice m of all, sums it in the order of members, sends it to all.
+
+    Each element is summed in the same order whatever the size and number of slabs, so results
+    are the same bits on every rank, from run to run and for any block size. Takes two steps, but
+    2 (n-1) messages a member.
+    """
+
+    def __call__(self, comm: MPI.Intracomm, tag: int) -> Steps:
+        """The operation."""
+        self._prepare(comm)
+        if self._narrow is not None:
+            # Scaled before it is narrowed: a sum of float16 gradients may exceed 65,504.
+            torch.mul(self._slab, self._scale, out=self._wire)
+        if self._scatter:
+            MPI.Prequest.Startall(self._scatter)
+            yield self._scatter
+        self._sum()
+        if self._gather:
+            MPI.Prequest.Startall(self._gather)
+            yield self._gather
+        if self._narrow is not None:
+            self._slab.copy_(self._wire)
+
+    @staticmethod
+    def scratch_bytes(
+        count: int, dtype: torch.dtype, wire: torch.dtype | None, members: int
+    ) -> int:
+        """Temporary memory for `count` elements."""
+        narrow = narrower(wire, dtype)
+        inbox = (members - 1) * -(-count // members)
+        if narrow is None:
+            return inbox * dtype.itemsize
+        return aligned(count * narrow.itemsize) + inbox * narrow.itemsize
+
+    def _plan(
+        self, comm: MPI.Intracomm, members: tuple[int, ...], here: int, scratch: torch.Tensor
+    ) -> None:
+        self._wire, inbox = self._split_scratch(scratch)
+        cuts = slices(self._slab.numel(), len(members))
+        mine = self._wire[cuts[here]]
+        others = [place for place in range(len(members)) if place != here]
+        parts = {
+            place: inbox[row * mine.numel() : (row + 1) * mine.numel()]
+            for row, place in enumerate(others)
+        }
+        slice_of = {place: self._wire[cuts[place]] for place in others}
+        self._scatter = _exchange(
+            comm,
+            self._tag,
+            {members[place]: slice_of[place] for place in others},
+            {members[place]: parts[place] for place in others},
+        )
+        self._gather = _exchange(
+            comm,
+            self._tag + 1,
+            {members[place]: mine for place in others},
+            {members[place]: slice_of[place] for place in others},
+        )
+        ordered = [mine if place == here else parts[place] for place in range(len(members))]
+        self._sum = SumInOrder([mine], ordered, 1.0 if self._narrow else self._scale)
+
+
+class Ring(_Planned):
+    """Round a ring: each member only talks to its two neighbours.
+
+    In step s, a member sends the slice that it has just added its own part to, so that slice m is
+    summed in the order m, m+1, ... round the ring: the same bits on every rank and from run to
+    run, but an element's order depends on its place in the slab. With fewer bits on the wire,
+    a sum is rounded at each hop. Takes 2 (n-1) steps; operations in flight at the same time
+    keep the wire busy in between.
+    """
+
+    def __call__(self, comm: MPI.Intracomm, tag: int) -> Steps:
+        """The operation."""
+        self._prepare(comm)
+        if self._narrow is not None:
+            self._slab.mul_(self._scale)
+        for requests, sent, received, inbox in self._scatter:
+            if self._narrow is not None:
+                sent[1].copy_(sent[0])
+            MPI.Prequest.Startall(requests)
+            yield requests
+            received.add_(inbox)
+        if self._narrow is not None:
+            self._sum[1].copy_(self._sum[0])
+        elif self._scale != 1:
+            self._sum[0].mul_(self._scale)
+        for requests in self._gather:
+            MPI.Prequest.Startall(requests)
+            yield requests
+        if self._narrow is not None:
+            self._slab.copy_(self._wire)
+
+    @staticmethod
+    def scratch_bytes(
+        count: int, dtype: torch.dtype, wire: torch.dtype | None, members: int
+    ) -> int:
+        """Temporary memory for `count` elements."""
+        narrow = narrower(wire, dtype)
+        inbox = -(-count // members) if members > 1 else 0
+        if narrow is None:
+            return inbox * dtype.itemsize
+        return aligned(count * narrow.itemsize) + inbox * narrow.itemsize
+
+    def _plan(
+        self, comm: MPI.Intracomm, members: tuple[int, ...], here: int, scratch: torch.Tensor
+    ) -> None:
+        size = len(members)
+        self._wire, inbox = self._split_scratch(scratch)
+        cuts = slices(self._slab.numel(), size)
+        left, right = members[here - 1], members[(here + 1) % size]
+
+        def both(place: int) -> tuple[torch.Tensor, torch.Tensor]:
+            cut = cuts[place % size]
+            return self._slab[cut], self._wire[cut]
+
+        def step(out: torch.Tensor, into: torch.Tensor, tag: int) -> list[MPI.Prequest]:
+            return _exchange(comm, tag, {right: out}, {left: into})
+
+        self._scatter = []
+        self._gather = []
+        for turn in range(size - 1):
+            sent, (received, _) = both(here - turn), both(here - turn - 1)
+            part = inbox[: received.numel()]
+            self._scatter.append((step(sent[1], part, self._tag), sent, received, part))
+        for turn in range(size - 1):
+            sent, into = both(here + 1 - turn), both(here - turn)
+            self._gather.append(step(sent[1], into[1], self._tag + 1))
+        self._sum = both(here + 1)
+
+
+def narrower(wire: torch.dtype | None, dtype: torch.dtype) -> torch.dtype | None:
+    """The dtype on the wire if it is narrower than the slab's, else None."""
+    return wire if wire is not None and wire.itemsize < dtype.itemsize else None
+
+
+def _exchange(
+    comm: MPI.Intracomm,
+    tag: int,
+    sends: dict[int, torch.Tensor],
+    receives: dict[int, torch.Tensor],
+) -> list[MPI.Prequest]:
+    """Messages to and from ranks, to be started; empty ones are left out on both sides."""
+    requests = [
+        comm.Recv_init([buffer_of(part), MPI.BYTE], rank, tag)
+        for rank, part in receives.items()
+        if part.numel()
+    ]
+    requests += [
+        comm.Send_init([buffer_of(part), MPI.BYTE], rank, tag)
+        for rank, part in sends.items()
+        if part.numel()
+    ]
+    return requests

@@ -1,0 +1,167 @@
+"""Sums the slabs of one exchange: makes them, chooses a way for each, plans once, posts.
+
+Between nodes, and for messages, large slabs are cut into chunks that are operations of their own,
+so that a chunk is on the wire while others are summed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from hpctrain.comm import reduce
+from hpctrain.comm.engine import IN_FLIGHT, IN_FLIGHT_BYTES, Channel, Operation, Ticket
+from hpctrain.comm.memory import ALIGN_BYTES, ScratchRing, Slab, aligned
+from hpctrain.comm.node import shared_slabs
+from hpctrain.comm.select import Tried, kind_of, select
+from hpctrain.errors import ExchangeError
+
+_log = logging.getLogger("hpctrain")
+
+CHUNK_BYTES = 1 << 20
+"""Largest operation by messages."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReduceOptions:
+    """How slabs are summed."""
+
+    way: str = "auto"
+    wire: str = "same"
+    ordered: bool = False
+    in_flight_bytes: int = IN_FLIGHT_BYTES
+    chunk_bytes: int = CHUNK_BYTES
+
+
+class Reducer:
+    """Averages slabs over the ranks of a channel. Collective in the same order on all ranks."""
+
+    def __init__(self, channel: Channel, options: ReduceOptions) -> None:
+        self._channel = channel
+        self._options = options
+        self._wire = reduce.WIRE_DTYPES[options.wire]
+        self._nodes = channel.engine.world.nodes
+        self._operations: list[list[tuple[Operation, int]]] = []
+        self.ways: list[str] = []
+        """The way of each slab; empty with a single rank."""
+        self.tried: list[Tried] = []
+        """What was measured to choose them."""
+        if options.way == "shared" and len(self._nodes) > 1:
+            raise ExchangeError(
+                "way = 'shared' sums within one node",
+                value=f"{len(self._nodes)} nodes",
+                allowed="way = 'two_level' or 'auto' with several nodes",
+                everywhere=True,
+            )
+
+    def allocate(self, counts: Sequence[int], dtypes: Sequence[torch.dtype]) -> list[Slab]:
+        """Slabs of zeros, in node-shared memory where that helps and can be had. Collective."""
+        slabs = None
+        if self._options.way in ("auto", *reduce.IN_SHARED_MEMORY):
+            slabs = shared_slabs(self._channel.engine, counts, dtypes, self._options.chunk_bytes)
+        return slabs or [
+            Slab.allocate(count, dtype, self._options.chunk_bytes)
+            for count, dtype in zip(counts, dtypes, strict=True)
+        ]
+
+    def plan(self, slabs: Sequence[Slab], ways: Sequence[str] = ()) -> None:
+        """Choose the way of each slab and plan its operations. Collective; contents are kept.
+
+        Args:
+            slabs: in the order in which they will be posted.
+            ways: chosen by an earlier run, to be kept where they are possible.
+        """
+        if self._channel.size == 1:
+            return
+        if len(ways) == len(slabs) and all(
+            way in self._possible(slab) for way, slab in zip(ways, slabs, strict=True)
+        ):
+            self.ways = list(ways)
+        else:
+            self.tried = select(self._channel, slabs, self._possible, self._trial_operations)
+            chosen = {
+                kind: tried.way
+                for kind, tried in zip(dict.fromkeys(map(kind_of, slabs)), self.tried, strict=True)
+            }
+            self.ways = [chosen[kind_of(slab)] for slab in slabs]
+            if any(tried.times_s for tried in self.tried):
+                _log.info("blocks are summed: %s", "; ".join(map(str, self.tried)))
+        self._plan(slabs)
+
+    def post(self, index: int, label: str) -> list[Ticket]:
+        """Start to average a slab. Returns at once; its content is undefined until all are done."""
+        operations = self._operations[index]
+        post = self._channel.post
+        return [post(operation, label, nbytes) for operation, nbytes in operations]
+
+    def summary(self) -> str:
+        """How many slabs go which way."""
+        return ", ".join(f"{count} by {way}" for way, count in Counter(self.ways).items())
+
+    def _possible(self, slab: Slab) -> list[str]:
+        """Ways of a slab, the preferred one first; the one that is forced if it is possible."""
+        ways = reduce.possible(
+            self._nodes,
+            slab.tensor.dtype,
+            in_shared_memory=slab.place is not None,
+            ordered=self._options.ordered,
+            narrow=self._options.wire != "same",
+        )
+        forced = self._options.way
+        if forced == "native" and reduce.is_native(slab.tensor.dtype):
+            return [forced]
+        if forced in ("direct", "ring") or forced in ways:
+            return [forced]
+        return ways
+
+    def _plan(self, slabs: Sequence[Slab]) -> None:
+        size, options = self._channel.size, self._options
+        parts = [_parts(way, slab) for way, slab in zip(self.ways, slabs, strict=True)]
+        needed = [
+            [self._scratch_bytes(way, part) for part in cut]
+            for way, cut in zip(self.ways, parts, strict=True)
+        ]
+        flat = [nbytes for cut in needed for nbytes in cut]
+        # Operations in flight are bounded by their payload; the scratch of a tiny one is larger.
+        in_flight = options.in_flight_bytes + IN_FLIGHT * (size * 16 + ALIGN_BYTES)
+        ring = ScratchRing(min(in_flight, sum(flat)), max(flat, default=0))
+        lane = 0
+        for way, cut, sizes in zip(self.ways, parts, needed, strict=True):
+            planned = []
+            for part, nbytes in zip(cut, sizes, strict=True):
+                operation = self._operation(way, part, lane, ring.part(nbytes))
+                planned.append((operation, part.nbytes))
+                lane += 1
+            self._operations.append(planned)
+
+    def _scratch_bytes(self, way: str, part: Slab) -> int:
+        nbytes = reduce.scratch_bytes(
+            way, part, self._wire, self._channel.size, self._options.ordered
+        )
+        return aligned(nbytes)
+
+    def _trial_operations(self, way: str, slab: Slab) -> list[Operation]:
+        parts = _parts(way, slab)
+        return [self._operation(way, part, lane) for lane, part in enumerate(parts)]
+
+    def _operation(
+        self, way: str, part: Slab, lane: int, scratch: torch.Tensor | None = None
+    ) -> Operation:
+        return reduce.all_reduce(
+            way,
+            part,
+            1.0 / self._channel.size,
+            None if way == "native" else self._wire,
+            ordered=self._options.ordered,
+            scratch=scratch,
+            lane=lane,
+        )
+
+
+def _parts(way: str, slab: Slab) -> Sequence[Slab]:
+    """The parts of a slab that are operations of their own."""
+    return (slab,) if way == "shared" else slab.chunks or (slab,)
