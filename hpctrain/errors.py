@@ -23,8 +23,8 @@ class HpctrainError(Exception):
 
     Attributes:
         exit_code: the status with which a command ends when nobody catches the error.
-        everywhere: true when every rank raises the same error at the same point, so that one
-            rank may speak for all and the ranks can leave in an orderly way.
+        everywhere: true when every rank is expected to raise the same error at the same point, so
+            that rank 0 may speak for all. A rank that meets it alone speaks a little later.
     """
 
     exit_code: ExitCode = ExitCode.CRASH

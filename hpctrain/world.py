@@ -7,6 +7,7 @@ exception in one rank ends all of them.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import sys
@@ -29,6 +30,10 @@ from hpctrain.trace import Trace
 
 if TYPE_CHECKING:
     from mpi4py import MPI
+
+
+RANK_0_SPEAKS_S = 3.0
+"""How long other ranks leave it to rank 0 to tell an error that all should have met."""
 
 
 class Role(Flag):
@@ -128,8 +133,9 @@ class World:
 
     def abort(self, code: int) -> None:
         """End all ranks at once with exit status `code`. Not collective; does not return."""
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):  # closed, or a pipe that nobody reads any more
+                stream.flush()
         self.comm.Abort(int(code))
 
 
@@ -154,6 +160,7 @@ def join(*, device: str = "cpu") -> World:
     global _world
     with _join_lock:
         if _world is None:
+            _install_unfit_hook()
             _world = _join(torch.device(device))
         return _world
 
@@ -276,6 +283,9 @@ def refuse_lone_ranks(environment: Mapping[str, str], size: int, library: str) -
         UnfitError: the launcher started another number of processes than MPI sees.
     """
     launcher, launched = launched_size(environment)
+    torchrun = environment.get("WORLD_SIZE", "")
+    if "TORCHELASTIC_RUN_ID" in environment and torchrun.isdigit() and launcher == "none":
+        launcher, launched = "torchrun", int(torchrun)
     if launched != size:
         raise UnfitError(
             f"{launcher} started {launched} processes, but {library} sees a world of {size}",
@@ -310,12 +320,28 @@ def describe_failure(world: World, error: BaseException, trace: TracebackType | 
     return place + "\n" + "".join(lines)
 
 
-def _install_abort_hook(world: World) -> None:
-    """End all ranks when this one ends with an uncaught exception."""
+def _install_unfit_hook() -> None:
+    """Tell an unfit environment in plain words, once, and end with its own exit status."""
     previous = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if world.size == 1:
+        if not isinstance(error, UnfitError):
+            previous(kind, error, trace)
+            return
+        if launched_rank(os.environ) == 0:
+            _write(f"hpctrain: {error}\n")
+        os._exit(error.exit_code)  # an excepthook cannot choose the status in another way
+
+    sys.excepthook = hook
+
+
+def _install_abort_hook(world: World) -> None:
+    """End all ranks when this one ends with an uncaught exception."""
+    previous = sys.excepthook
+    owner = os.getpid()
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if world.size == 1 or os.getpid() != owner:  # a forked child is no rank
             previous(kind, error, trace)
             return
         fail(world, error, trace)
@@ -326,23 +352,24 @@ def _install_abort_hook(world: World) -> None:
 def fail(world: World, error: BaseException, trace: TracebackType | None = None) -> None:
     """Show this rank's failure in one write, so that ranks do not mix, and end all ranks.
 
-    An error that every rank raises is shown by rank 0 alone.
+    An error that every rank is expected to raise is shown by rank 0, which ends the others
+    with itself; a rank that is still alive after `RANK_0_SPEAKS_S` was alone with it.
     """
     code = ExitCode.CRASH
     if isinstance(error, HpctrainError):
         code = error.exit_code
     if isinstance(error, HpctrainError) and error.everywhere:
-        if world.rank == 0:
-            os.write(2, f"hpctrain: {error}\n".encode())
-        _meet(world, limit_s=5.0)
+        text = f"hpctrain: {error}\n"
+        if world.rank > 0:
+            time.sleep(RANK_0_SPEAKS_S)
+            text = f"hpctrain: {world.name_of(world.rank)}: {error}\n"
+        _write(text)
     else:
-        os.write(2, describe_failure(world, error, trace).encode())
+        _write(describe_failure(world, error, trace))
     world.abort(code)
 
 
-def _meet(world: World, limit_s: float) -> None:
-    """Wait, for at most `limit_s`, until all ranks are here."""
-    request = world.comm.Ibarrier()
-    deadline_s = time.perf_counter() + limit_s
-    while not request.Test() and time.perf_counter() < deadline_s:
-        time.sleep(0.01)
+def _write(text: str) -> None:
+    """To standard error, in one piece, even if Python's own stream is closed."""
+    with contextlib.suppress(OSError):
+        os.write(2, text.encode())

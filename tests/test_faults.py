@@ -98,13 +98,54 @@ def test_stopped_rank_is_named_whichever_it_is(launch: Launch, stopped: int) -> 
     assert_all_ended(launch.folder, 3)
 
 
-def test_rank_that_leaves_early_does_not_keep_the_others_waiting(launch: Launch) -> None:
-    script = launch.script(training("sys.exit(0)", deadline_s=8.0))
+@pytest.mark.parametrize("leaver", [0, 1, 2])
+def test_rank_that_leaves_early_does_not_keep_the_others_waiting(
+    launch: Launch, leaver: int
+) -> None:
+    """Long before the deadline: what a rank that left has not posted will never finish."""
+    text = training("sys.exit(0)", deadline_s=300.0)
+    script = launch.script(text.replace("world.rank == 1", f"world.rank == {leaver}"))
     ended = launch(3, script, limit_s=60)
     assert ended.status != 0
-    assert "gone: rank 1" in ended.err
+    assert f"gone: rank {leaver}" in ended.err
     assert "has left the program" in ended.err
+    assert "the same number of steps?" in ended.err
     assert_all_ended(launch.folder, 3)
+
+
+def test_closed_output_does_not_keep_a_failing_rank_alive(launch: Launch) -> None:
+    fault = 'sys.stdout.close(); raise ValueError("broken")'
+    ended = launch(3, launch.script(training(fault)), limit_s=60)
+    assert ended.status == 1
+    assert_all_ended(launch.folder, 3)
+
+
+@pytest.mark.parametrize("alone", [0, 2])
+def test_an_error_that_all_should_meet_is_told_by_the_rank_that_met_it(
+    launch: Launch, alone: int
+) -> None:
+    script = launch.script(
+        "import torch, hpctrain\n"
+        "world = hpctrain.join()\n"
+        f"layer = torch.nn.Embedding(4, 4, sparse=world.rank == {alone})\n"
+        "hpctrain.DataParallel(layer)\n"
+    )
+    ended = launch(3, script, limit_s=60)
+    assert ended.status == 1
+    assert ended.err.count("produces sparse gradients") == 1
+
+
+def test_a_program_may_finalize_mpi_itself(launch: Launch) -> None:
+    text = training("pass") + "from mpi4py import MPI\nMPI.Finalize()\n"
+    assert launch(2, launch.script(text), limit_s=60).status == 0
+
+
+def test_a_foreign_launcher_ends_a_script_with_its_own_status(launch: Launch) -> None:
+    script = launch.script("import hpctrain\nhpctrain.join()\n")
+    ended = launch(0, script, PMI_SIZE="2", PMI_RANK="0")
+    assert ended.status == 3
+    assert ended.err.startswith("hpctrain: ")
+    assert "Traceback" not in ended.err
 
 
 def test_undisturbed_run_ends_well(launch: Launch) -> None:

@@ -55,6 +55,13 @@ def test_ranks_dealt_out_to_nodes_know_their_place(
     assert (world.node, world.local_rank, world.local_size) == (node, local_rank, local_size)
 
 
+def test_torchrun_is_no_launcher_of_mpi_ranks() -> None:
+    environment = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "RANK": "0"}
+    with pytest.raises(UnfitError, match="torchrun started 2 processes"):
+        refuse_lone_ranks(environment, 1, "Open MPI")
+    refuse_lone_ranks({"WORLD_SIZE": "2"}, 1, "Open MPI")  # left over from something else
+
+
 def test_nodes_are_told_apart_by_shared_memory_not_by_name() -> None:
     seats = [Seat("localhost", 0, (0,)), Seat("localhost", 1, (0,))]
     assert world_of(seats).nodes == ((0,), (1,))

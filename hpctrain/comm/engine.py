@@ -113,8 +113,15 @@ class Channel:
     """
 
     def __init__(
-        self, engine: Engine, comm: MPI.Intracomm, name: str, in_flight_bytes: int
+        self,
+        engine: Engine,
+        comm: MPI.Intracomm,
+        name: str,
+        in_flight_bytes: int,
+        number: int = 0,
     ) -> None:
+        self.number = number
+        self.abandoned = False
         self.engine = engine
         self.comm = comm
         self.name = name
@@ -145,6 +152,10 @@ class Channel:
     def run(self, operation: Operation, label: str) -> Any:
         """Post an operation, wait for it and return its result. Collective."""
         return self.engine.wait(self.post(operation, label))
+
+    def abandon(self) -> None:
+        """This rank will post nothing more. Not collective; freed when all ranks have said so."""
+        self.abandoned = True
 
     @property
     def busy(self) -> bool:
@@ -238,9 +249,11 @@ class Engine:
         self.deadline_s = 300.0
         self._lock = threading.Lock()
         self._channels: list[Channel] = []
+        self._made = 0
         self._wake = threading.Event()
         self._waiters = 0
         self._closing = False
+        self._owner = os.getpid()
         self._polled_s = 0.0
         self._watch: Watch | None = None
         self._thread: threading.Thread | None = None
@@ -251,7 +264,12 @@ class Engine:
         self.control = self.channel("control")
         """Channel of small collectives: agreement, broadcasts, metrics."""
         if self._thread:
+            threads = torch.get_num_threads()
+            self._single_threaded = threading.Event()
             self._thread.start()
+            # What a thread sets becomes the default of threads that have not computed yet.
+            self._single_threaded.wait()
+            torch.set_num_threads(threads)
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -260,14 +278,33 @@ class Engine:
             yield
 
     def channel(self, name: str, in_flight_bytes: int = IN_FLIGHT_BYTES) -> Channel:
-        """Make a channel over all ranks. Collective, in the same order on all ranks."""
+        """Make a channel over all ranks. Collective, in the same order on all ranks.
+
+        Channels that all ranks have let go of are freed here.
+        """
+        if self._channels:  # a rank that does not come is reported, as in any operation
+            self.control.run(barrier, f"making of channel {name!r}")
         with self.exclusive():
-            channel = Channel(self, self.world.comm.Dup(), name, in_flight_bytes)
+            self._free_abandoned()
+            channel = Channel(self, self.world.comm.Dup(), name, in_flight_bytes, number=self._made)
+            self._made += 1
             # The first collective of a communicator sets up its connections, with the
             # interpreter lock held: have that happen here and not in the first step.
             channel.comm.Barrier()
             self._channels.append(channel)
         return channel
+
+    def _free_abandoned(self) -> None:
+        """Free the communicators of channels that no rank needs any more. Collective."""
+        if not self._channels:
+            return
+        mine = {c.number for c in self._channels if c.abandoned and not c.busy}
+        everyones = self.control.comm.allgather(mine)
+        freed = set.intersection(*everyones)
+        for channel in self._channels:
+            if channel.number in freed:
+                channel.comm.Free()
+        self._channels = [c for c in self._channels if c.number not in freed]
 
     def attend(self, channel: Channel) -> None:
         """An operation was queued: begin it now if nobody else is inside MPI."""
@@ -343,7 +380,9 @@ class Engine:
 
     def _run(self) -> None:
         """The engine's thread: polls while there is traffic, and keeps the watch."""
-        torch.set_num_threads(1)  # of this thread; its sums must not wake a second team of threads
+        torch.get_num_threads()  # or the first sum would take the default
+        torch.set_num_threads(1)  # its sums must not wake a second team of threads
+        self._single_threaded.set()
         watched_s = now_s()
         try:
             while not self._closing:
@@ -355,6 +394,8 @@ class Engine:
                     if self._waiters:
                         time.sleep(POLL_S * 10)
                 with self._lock:
+                    if MPI.Is_finalized():  # by the program itself
+                        return
                     if self.progress == "thread" and not self._waiters:
                         self._advance()
                     if now_s() - watched_s >= WATCH_S:
@@ -386,7 +427,8 @@ class Engine:
 
     def close(self) -> None:
         """Leave: wait until all ranks leave, then stop. Collective; called at interpreter exit."""
-        if self._thread is None or self._closing or MPI.Is_finalized():
+        forked = os.getpid() != self._owner
+        if self._thread is None or self._closing or forked or MPI.Is_finalized():
             return
         self.world.position.phase = "leaving"
         assert self._watch is not None

@@ -148,6 +148,7 @@ def progress_trial(engine: Engine) -> dict[str, float]:
                 engine.wait(ticket)
             times[mode].append(now_s() - begun_s)
     engine.progress = before
+    channel.abandon()
     medians = {mode: statistics.median(taken[1:]) for mode, taken in times.items()}
     gathered = all_gather(engine.control, medians)
     return {mode: max(rank[mode] for rank in gathered) for mode in PROGRESS_MODES}
@@ -159,4 +160,5 @@ def measure_all_reduce(engine: Engine, sizes: Sequence[int]) -> list[Tried]:
     reducer = Reducer(channel, ReduceOptions())
     counts = [nbytes // 4 for nbytes in sizes]
     reducer.plan(reducer.allocate(counts, [torch.float32] * len(counts)))
+    channel.abandon()
     return reducer.tried

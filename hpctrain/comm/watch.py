@@ -4,7 +4,9 @@ A rank whose oldest operation has waited for half of its deadline tells the *wat
 and 1; two, so that either may be the one that is stuck. A watcher asks every rank where it is.
 The engine's thread answers, also while the main thread hangs in a loop; a rank that is stopped
 or cut off does not, which is an answer too. At the deadline the watcher says so once more and
-ends the run. The traffic is a few small messages a rank, and only when something is wrong.
+ends the run. A rank that leaves its program tells the watchers, which need not wait for a deadline
+then: what it has not posted will never finish. The traffic is a few small messages a rank, and
+only when something is wrong.
 """
 
 from __future__ import annotations
@@ -29,10 +31,12 @@ from hpctrain.world import World
 WATCHERS = (0, 1)
 GRACE_S = 1.0
 """How long a watcher waits for answers. Engines look at their mail every 50 ms."""
+LEFT_S = 2.0
+"""How long a watcher waits in an operation of which a rank that left can never be part."""
 SELF_HELP_S = 4.0
 """How long after its deadline a rank waits for the watchers to speak before it ends the run."""
 
-_MAIL_BYTES = 4096
+_MAIL_BYTES = 65_536
 _LIBRARIES = tuple(
     str(Path(file).parents[level]) + os.sep
     for file, level in ((__file__, 1), (str(torch.__file__), 0), (threading.__file__, 0))
@@ -80,6 +84,8 @@ class Watch:
         self._pending = pending
         self._posted = posted
         self._left = False
+        self._said_goodbye = False
+        self._gone: list[Mapping[str, int]] = []
         self._told: set[tuple[str, int, bool]] = set()
         self._inquiry: _Inquiry | None = None
         self._outbox: list[tuple[MPI.Request, bytes]] = []
@@ -91,8 +97,12 @@ class Watch:
         for kind, body in self._read_mail():
             self._handle(kind, body)
         self._outbox = [(request, mail) for request, mail in self._outbox if not request.Test()]
+        if self._left and not self._said_goodbye:
+            self._say_goodbye()
         pending = None if self._left else self._pending()
-        if pending and pending.age_s > deadline_s / 2:
+        if pending and pending.age_s > LEFT_S and self._waits_for_the_gone(pending):
+            self._tell_watchers(pending, final=True)
+        elif pending and pending.age_s > deadline_s / 2:
             self._tell_watchers(pending, final=pending.age_s > deadline_s)
             if pending.age_s > deadline_s + SELF_HELP_S:
                 self._end_run(describe(pending, {}, self._names()))
@@ -122,6 +132,15 @@ class Watch:
             left=self._left,
         )
 
+    def _say_goodbye(self) -> None:
+        self._said_goodbye = True
+        for watcher in WATCHERS[: self._world.size]:
+            if watcher != self._world.rank:
+                self._send(watcher, "left", {"posted": self._posted()})
+
+    def _waits_for_the_gone(self, pending: Pending) -> bool:
+        return any(posted.get(pending.channel, 0) <= pending.number for posted in self._gone)
+
     def _tell_watchers(self, pending: Pending, final: bool) -> None:
         key = (pending.channel, pending.number, final)
         if key in self._told:
@@ -150,6 +169,8 @@ class Watch:
         elif kind == "status" and self._inquiry:
             status = Status(**{k: v for k, v in body.items() if k != "from"})  # type: ignore[arg-type]
             self._inquiry.answers[status.rank] = status
+        elif kind == "left":
+            self._gone.append(body["posted"])  # type: ignore[arg-type]
         elif kind == "stall":
             pending = Pending(**body["pending"])  # type: ignore[arg-type]
             key = (pending.channel, pending.number, bool(body["final"]))
@@ -237,9 +258,11 @@ def describe(pending: Pending, answers: Mapping[int, Status], names: list[str]) 
     for rank in missing:
         status = answers[rank]
         if status.left:
-            lines.append(f"  gone: {names[rank]} has left the program, at {status.main}")
+            lines.append(f"  gone: {names[rank]} has left the program ({status.position})")
         else:
             lines.append(f"  missing: {names[rank]}: {status.position}, at {status.main}")
+    if any(answers[rank].left for rank in missing):
+        lines.append("  do all ranks take the same number of steps?")
     if answers:
         lines += [f"  no answer: {names[rank]}: stopped, dead or cut off" for rank in silent]
     if there and (missing or silent):

@@ -16,6 +16,7 @@ from torch import nn
 
 from hpctrain.comm.engine import Ticket
 from hpctrain.comm.memory import ALIGN_BYTES, Slab
+from hpctrain.errors import ExchangeError
 
 
 class Block:
@@ -84,9 +85,20 @@ class Block:
                 move(parameter, view)
 
     def settle(self) -> None:
-        """After the sum: give every parameter that some rank used its gradient, others None."""
-        if self.delivered:
-            return  # used by this rank, and every gradient is its view already
+        """After the sum: give every parameter that some rank used its gradient, others None.
+
+        Raises:
+            ExchangeError: a gradient is not the one that was exchanged.
+        """
+        if self.delivered:  # used by this rank, and every gradient is its view
+            for parameter, view in zip(self.parameters, self.views, strict=True):
+                if parameter.grad is not view:
+                    raise ExchangeError(
+                        f"a gradient of {self.label}, of shape {tuple(parameter.shape)}, was "
+                        "replaced by another hook after it had been handed over",
+                        fix="change gradients in place, after backward or in a hook on the tensor",
+                    )
+            return
         used = (self._flags != 0).tolist()
         for parameter, view, is_used in zip(self.parameters, self.views, used, strict=True):
             if not is_used:

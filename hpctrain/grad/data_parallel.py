@@ -51,6 +51,7 @@ class DataParallel(nn.Module):
         control = engine.control
         replicas.check_same_model(control, self.world, module)
         named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        self._forwards = 0
         self._frozen = [(name, p) for name, p in module.named_parameters() if not p.requires_grad]
         DataParallel._made += 1
         self.exchange = Exchange(
@@ -85,7 +86,9 @@ class DataParallel(nn.Module):
 
         Raises:
             MismatchError: naming the ranks and the first parameter that differ.
+            ExchangeError: a parameter is not among those that are averaged.
         """
+        self._refuse_other_parameters()
         replicas.check_same_values(self.exchange.engine.control, self.world, self.module)
 
     @torch.compiler.disable
@@ -94,11 +97,24 @@ class DataParallel(nn.Module):
             self.exchange.check_idle()
             for name, parameter in self._frozen:
                 if parameter.requires_grad:
-                    raise ExchangeError(
-                        f"parameter {name} was frozen when DataParallel was made and is not now",
-                        fix="wrap the module again after changing requires_grad",
-                        everywhere=True,
+                    raise _not_averaged(
+                        name, "was frozen when DataParallel was made and is not now"
                     )
+            # Walking a large module takes as long as its smallest layers: not at every step.
+            if self._forwards < 4 or self._forwards % 64 == 0:
+                self._refuse_other_parameters()
+            self._forwards += 1
+
+    def _refuse_other_parameters(self) -> None:
+        """Refuse parameters that were added or replaced, whose gradients would not be averaged.
+
+        Raises:
+            ExchangeError: naming the first one.
+        """
+        known = {*map(id, self.exchange.parameters), *(id(p) for _, p in self._frozen)}
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad and id(parameter) not in known:
+                raise _not_averaged(name, "was added or replaced after DataParallel was made")
 
     @torch.compiler.disable
     def _mark(self, outputs: Any) -> Any:
@@ -109,12 +125,21 @@ class DataParallel(nn.Module):
         """
         if torch.is_grad_enabled():
             for tensor in tree_leaves(outputs):
-                if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+                # A parameter that is returned as it is would collect a hook at each forward.
+                if isinstance(tensor, torch.Tensor) and tensor.grad_fn is not None:
                     tensor.register_hook(self._entered)
         return outputs
 
     def _entered(self, gradient: torch.Tensor) -> None:
         self.exchange.begin()
+
+
+def _not_averaged(name: str, what: str) -> ExchangeError:
+    return ExchangeError(
+        f"parameter {name} {what}, so that its gradient would not be averaged",
+        fix="wrap the module again after such a change",
+        everywhere=True,
+    )
 
 
 def _refuse_unsupported(module: nn.Module) -> None:

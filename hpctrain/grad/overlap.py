@@ -24,6 +24,7 @@ back: measured, within 1% of a step for a GPT and 6 to 9% slower for models with
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd import Variable
+from torch.utils.weak import WeakIdKeyDictionary
 
 from hpctrain.comm import reduce
 from hpctrain.comm.collect import all_gather, broadcast
@@ -46,6 +48,10 @@ from hpctrain.grad.trial import Trial, medians
 from hpctrain.trace import COMPUTE, now_s
 
 _log = logging.getLogger("hpctrain")
+
+
+_exchanges: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""The exchange that averages each parameter's gradient, as a weak reference."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,10 +147,24 @@ class Exchange:
         self._due: list[int] = []
         self._observed: dict[int, None] = {}  # keys in the order of their last arrival
         self._observed_arrivals = [0] * len(self.parameters)
+        self._replaced = False
+        for parameter in self.parameters:
+            earlier = _exchanges.get(parameter)
+            if earlier is not None and (exchange := earlier()) is not None:
+                exchange.retire()
+            _exchanges[parameter] = weakref.ref(self)
+        weakref.finalize(self, self.channel.abandon)
+        self._position_is_mine = False
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(self._observer(index))
             for index, parameter in enumerate(self.parameters)
         ]
+
+    def retire(self) -> None:
+        """Exchange nothing any more: another wrapper has taken over a parameter."""
+        self._replaced = True
+        for hook in self._hooks:
+            hook.remove()
 
     @property
     def blocks(self) -> Sequence[Block]:
@@ -170,12 +190,29 @@ class Exchange:
         if not self._local and not self._armed:
             self._armed = True
             self._begun_s = now_s()
+            if self._position_is_mine:
+                self.world.position.phase = "backward"
             self.engine.progress = "thread" if self.progress == "thread" else "hooks"
             Variable._execution_engine.queue_callback(self.finish)
 
     def check_idle(self) -> None:
-        """Refuse to go on after a backward that failed with blocks already on the wire."""
-        if self._armed and torch._C._current_graph_task_id() == -1:
+        """Refuse to go on after a backward that failed with blocks already on the wire.
+
+        Called at the beginning of a forward.
+        """
+        if self._replaced:
+            raise ExchangeError(
+                "parameters of this DataParallel belong to another one that was made later",
+                fix="use the newer one; to share layers, put all modules into one "
+                "(nn.ModuleList, nn.ModuleDict) and wrap that",
+            )
+        position = self.world.position
+        if position.step is None:  # the program's own loop: count its backwards
+            self._position_is_mine = True
+            position.step, position.phase = 1, "forward"
+        if self._armed and self.world.size == 1:
+            self._reset()
+        elif self._armed and torch._C._current_graph_task_id() == -1:
             raise ExchangeError(
                 "the last backward did not finish, so this rank and the others no longer "
                 "agree on which gradients were exchanged",
@@ -208,6 +245,9 @@ class Exchange:
         if self._trial:
             self._take_turns(self._trial, now_s() - (self._begun_s if self._armed else ended_s))
         self._reset()
+        if self._position_is_mine:
+            position = self.world.position
+            position.step, position.phase = (position.step or 0) + 1, "forward"
         self.world.trace.add(COMPUTE, "wait for the wire", ended_s, ended_s + self.exposed_s)
 
     def gradient_norm(self) -> torch.Tensor:
@@ -216,9 +256,7 @@ class Exchange:
         Between `finish` and the next backward; needs no communication.
         """
         norms = [torch.zeros((), dtype=torch.float64)]
-        for block in self.blocks:
-            wide = torch.float32 if block.gradients.element_size() == 2 else None
-            norms.append(torch.linalg.vector_norm(block.gradients, dtype=wide).double())
+        norms += [_norm(block.gradients) for block in self.blocks]
         total: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms))
         return total
 
@@ -240,43 +278,65 @@ class Exchange:
 
     # ------------------------------------------------------------------ hooks
 
+    # A parameter holds its hook in a place that the garbage collector does not see into, so hooks
+    # refer to the exchange, which holds the parameters, weakly.
+
     def _observer(self, index: int) -> Callable[[torch.Tensor], None]:
         """Hook of the first step: note when and how often the gradient arrives."""
+        this = weakref.ref(self)
 
         def observe(parameter: torch.Tensor) -> None:
-            if not self._local:
-                self.begin()
-                self._observed.pop(index, None)
-                self._observed[index] = None
-                self._observed_arrivals[index] += 1
+            exchange = this()
+            if exchange is not None:
+                exchange._observe(index, parameter)
 
         return observe
 
-    def _deliverer(self, index: int, block: Block, view: torch.Tensor) -> Callable[..., None]:
+    def _observe(self, index: int, parameter: torch.Tensor) -> None:
+        if parameter.grad is not None and parameter.grad.requires_grad:
+            raise _differentiable(self.names[index])
+        if not self._local:
+            self.begin()
+            self._observed.pop(index, None)
+            self._observed[index] = None
+            self._observed_arrivals[index] += 1
+
+    def _deliverer(self, index: int, number: int, view: torch.Tensor) -> Callable[..., None]:
         """Hook of all later steps. Runs once a parameter and step, so it looks nothing up twice."""
+        this = weakref.ref(self)
         poll = self.engine.poll
 
         def deliver(parameter: nn.Parameter) -> None:
+            exchange = this()
+            if exchange is None:
+                return
             if parameter.grad is not view:
                 if parameter.grad is None or parameter.grad.is_sparse:
-                    raise _unusable(self.names[index])
+                    raise _unusable(exchange.names[index])
+                if parameter.grad.requires_grad:
+                    raise _differentiable(exchange.names[index])
                 move(parameter, view)
-            if self._local:
+            if exchange._local:
                 return
-            if not self._armed:
-                self.begin()
-            if self.progress == "after":
+            if not exchange._armed:
+                exchange.begin()
+            if exchange.progress == "after":
                 return
-            self._due[index] -= 1
-            if self._due[index] == 0:
-                block.missing -= 1
-                if block.missing == 0 and self._next == block.index:
-                    self._release_ready()
-            elif block.released:
-                raise _late(self.names[index], block)
+            exchange._arrived(index, number)
             poll()
 
         return deliver
+
+    def _arrived(self, index: int, number: int) -> None:
+        """A gradient of block `number` has arrived: release what is complete."""
+        block = self.blocks[number]
+        self._due[index] -= 1
+        if self._due[index] == 0:
+            block.missing -= 1
+            if block.missing == 0 and self._next == number:
+                self._release_ready()
+        elif block.released:
+            raise _late(self.names[index], block)
 
     # ------------------------------------------------------------------ blocks
 
@@ -313,7 +373,7 @@ class Exchange:
             for index, parameter, view in zip(group, parameters, block.views, strict=True):
                 self._hooks[index].remove()
                 self._hooks[index] = parameter.register_post_accumulate_grad_hook(
-                    self._deliverer(index, block, view)
+                    self._deliverer(index, block.index, view)
                 )
                 if parameter.grad is not None:
                     if parameter.grad.is_sparse:
@@ -360,10 +420,29 @@ class Exchange:
             block.tickets = []
 
 
+def _norm(gradients: torch.Tensor) -> torch.Tensor:
+    """As float64, but summed wide only where squares overflow, which takes thrice as long."""
+    wide = torch.float32 if gradients.element_size() == 2 else None
+    norm: torch.Tensor = torch.linalg.vector_norm(gradients, dtype=wide).double()
+    if not norm.isfinite():
+        widest = torch.complex128 if gradients.is_complex() else torch.float64
+        norm = torch.linalg.vector_norm(gradients, dtype=widest).double()
+    return norm
+
+
 def _unusable(name: str) -> ExchangeError:
     return ExchangeError(
         f"the gradient of parameter {name} is sparse or was taken away by another hook",
         fix="use nn.Embedding(..., sparse=False), and do not clear gradients from hooks",
+    )
+
+
+def _differentiable(name: str) -> ExchangeError:
+    return ExchangeError(
+        f"the gradient of parameter {name} is to be differentiated again (create_graph=True), "
+        "which averaged gradients cannot be",
+        fix="compute such a gradient with torch.autograd.grad on the module itself (.module), and "
+        "call backward without create_graph",
     )
 
 

@@ -24,8 +24,9 @@ BUFFER_MODES = ("broadcast", "average", "local")
 
 def signature(module: nn.Module) -> Signature:
     """What must be equal on all ranks, before a single value is compared."""
+    # Gradients lie in a slab in the memory layout of their parameter.
     parameters = [
-        (f"parameter {name}", f"{_shape(p)}, requires_grad={p.requires_grad}")
+        (f"parameter {name}", f"{_shape(p)}, strides {p.stride()}, requires_grad={p.requires_grad}")
         for name, p in module.named_parameters()
     ]
     return parameters + [(f"buffer {name}", _shape(b)) for name, b in module.named_buffers()]
@@ -107,6 +108,9 @@ def broadcast_state(channel: Channel, module: nn.Module) -> None:
 class BufferSync:
     """Makes the module's buffers (batch-norm statistics, say) equal on all ranks after a step.
 
+    Buffers are looked up anew each time, since a forward may replace them, and written only where
+    they change: a mask that autograd has saved for another backward stays as it is.
+
     Args:
         module: whose buffers.
         channel: on which they travel.
@@ -117,14 +121,20 @@ class BufferSync:
     def __init__(self, module: nn.Module, channel: Channel, mode: str) -> None:
         self._channel = channel
         self._groups: list[_Group] = []
+        self._tickets: list[Ticket] = []
         if mode == "local" or channel.size == 1:
             return
-        kinds: dict[torch.dtype, list[torch.Tensor]] = {}
-        for buffer in module.buffers():
-            if buffer.numel():
-                kinds.setdefault(buffer.dtype, []).append(buffer)
+        kinds: dict[torch.dtype, list[_Named]] = {}
+        seen: set[int] = set()
+        for path, owner in module.named_modules():
+            for key, buffer in owner._buffers.items():
+                if buffer is not None and buffer.numel() and id(buffer) not in seen:
+                    seen.add(id(buffer))
+                    name = f"{path}.{key}" if path else key
+                    named = _Named(name, owner, key, buffer.shape, buffer.dtype)
+                    kinds.setdefault(buffer.dtype, []).append(named)
         for dtype, buffers in kinds.items():
-            flat = torch.empty(sum(buffer.numel() for buffer in buffers), dtype=dtype)
+            flat = torch.empty(sum(buffer.shape.numel() for buffer in buffers), dtype=dtype)
             averages = mode == "average" and dtype.is_floating_point
             # Lanes from the end, so that they are not those of blocks.
             lane = LANES - 1 - len(self._groups)
@@ -134,12 +144,11 @@ class BufferSync:
                 else broadcast_tensor(flat)
             )
             self._groups.append(_Group(buffers, flat, averages, operation))
-        self._tickets: list[Ticket] = []
 
     def post(self, weight: float) -> None:
         """Start; every rank must. `weight` is this rank's share of the step's samples."""
         for group in self._groups:
-            torch.cat([buffer.detach().flatten() for buffer in group.buffers], out=group.flat)
+            torch.cat([named.buffer().flatten() for named in group.buffers], out=group.flat)
             if group.averages:
                 group.flat.mul_(weight)
             nbytes = group.flat.numel() * group.flat.element_size()
@@ -149,17 +158,46 @@ class BufferSync:
         """Wait for what `post` started and store it."""
         for group in self._groups:
             self._channel.engine.wait(self._tickets.pop(0))
-            parts = group.flat.split([buffer.numel() for buffer in group.buffers])
+            parts = group.flat.split([named.shape.numel() for named in group.buffers])
             with torch.no_grad():
-                for buffer, part in zip(group.buffers, parts, strict=True):
-                    buffer.copy_(part.view(buffer.shape))
+                for named, part in zip(group.buffers, parts, strict=True):
+                    buffer, value = named.buffer(), part.view(named.shape)
+                    if not torch.equal(buffer, value):
+                        buffer.copy_(value)
+
+
+@dataclass(frozen=True)
+class _Named:
+    """A buffer by its name: whichever tensor that is at the time."""
+
+    name: str
+    owner: nn.Module
+    key: str
+    shape: torch.Size
+    dtype: torch.dtype
+
+    def buffer(self) -> torch.Tensor:
+        """The tensor of now.
+
+        Raises:
+            MismatchError: its shape or dtype is no longer that of the start.
+        """
+        buffer = self.owner._buffers.get(self.key)
+        if buffer is None or buffer.shape != self.shape or buffer.dtype != self.dtype:
+            raise MismatchError(
+                f"buffer {self.name} changed its shape or dtype after DataParallel was made",
+                value="nothing" if buffer is None else _shape(buffer),
+                allowed=f"{tuple(self.shape)} {str(self.dtype).removeprefix('torch.')}",
+                fix="keep it out of the module's buffers, or wrap with buffers = 'local'",
+            )
+        return buffer.detach()
 
 
 @dataclass(frozen=True)
 class _Group:
     """Buffers of one dtype, and the flat copy in which they travel."""
 
-    buffers: Sequence[torch.Tensor]
+    buffers: Sequence[_Named]
     flat: torch.Tensor
     averages: bool
     operation: Operation

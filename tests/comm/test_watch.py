@@ -55,7 +55,8 @@ def test_report_says_who_is_missing_where_and_who_waits() -> None:
 def test_report_names_a_rank_that_left_the_program() -> None:
     answers = statuses(6, 6) | {2: status(2, 5, left=True)}
     assert describe(PENDING, answers, NAMES).splitlines()[1:] == [
-        "  gone: rank 2 (b) has left the program, at train.py:2 in run",
+        f"  gone: rank 2 (b) has left the program ({answers[2].position})",
+        "  do all ranks take the same number of steps?",
         "  waiting in it: rank 0 (a), rank 1 (a)",
     ]
 
