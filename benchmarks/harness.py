@@ -141,8 +141,20 @@ def _cell(value: Any) -> str:
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
-def finish(text: str, figures: Mapping[str, Any], idea: str | None) -> None:
-    """Print the table and, as the last line, the figures as JSON; keep both if asked to."""
+def finish(
+    text: str,
+    figures: Mapping[str, Any],
+    idea: str | None,
+    plot: Callable[[Mapping[str, Any]], Any] | None = None,
+) -> None:
+    """Print the table and, as the last line, the figures as JSON; keep all if asked to.
+
+    Args:
+        text: the table.
+        figures: what the benchmark found.
+        idea: name of the results folder to keep them in, or None.
+        plot: draws the figures, as a matplotlib figure.
+    """
     print(text)
     if idea:
         name = f"{time.strftime('%Y-%m-%d')}_{len(os.sched_getaffinity(0))}-cores_{idea}"
@@ -151,5 +163,7 @@ def finish(text: str, figures: Mapping[str, Any], idea: str | None) -> None:
         whole = {**facts(), "figures": figures}
         (folder / "result.json").write_text(json.dumps(whole, indent=1) + "\n")
         (folder / "table.txt").write_text(text + "\n")
+        if plot:
+            plot(figures).savefig(folder / "plot.png", dpi=150)
         print(f"kept in {os.path.relpath(folder)}")
     print(json.dumps(figures))

@@ -1,20 +1,20 @@
 """One training step: hpctrain, torch DDP on gloo, and the plain step without overlap.
 
-The same GPT, data and optimizer in every arm, on 2 and 4 ranks. Prints a table and, as its last
+The same model, data and optimizer in every arm, on 2 and 4 ranks. Prints a table and, as its last
 line, one JSON object with, per rank count: the time over that of the better DDP (median of the
-rounds' ratios), the part of a step that waited for the wire, the cost of a block, and the peak
-memory over DDP's.
+rounds' ratios) for a 25 MB GPT with little to compute and for other models, the part of the GPT's
+step that waited for the wire, the cost of a block, and the peak memory over DDP's.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import resource
 import statistics
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,36 +24,81 @@ import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "jobs"))
+import digits
+import stdlib_lm
 from stdlib_lm import CONTEXT, GPT
 
 RANKS = (2, 4)
-WIDTH, LAYERS, BATCH = 256, 8, 4
+DDP = ["ddp_25mb", "ddp_4mb"]
 DDP_PORT = 29_541
 MEMORY_STEPS = 5
 TINY_PARAMETERS = 256
+SMALL_PARAMETERS = 2000
 
 Step = Callable[[], object]
 
 
-def gpt() -> nn.Module:
-    """A GPT of 25 MB with little to compute: 4 windows a rank."""
+@dataclass(frozen=True)
+class Case:
+    """A model and what one rank computes in a step."""
+
+    name: str
+    model: Callable[[], nn.Module]
+    loss: Callable[[nn.Module], torch.Tensor]
+
+
+def cases() -> list[Case]:
+    """The first one is the 25 MB model of the headline."""
+    windows = {n: torch.randint(0, 256, (n, CONTEXT + 1), generator=seeded()) for n in (1, 16)}
+    images = torch.rand(32, 1, 8, 8, generator=seeded())
+    labels = torch.randint(0, 10, (32,), generator=seeded())
+    few = torch.rand(8, 16, generator=seeded())
+
+    def of_windows(count: int) -> Callable[[nn.Module], torch.Tensor]:
+        batch = windows[count]
+
+        def loss(model: nn.Module) -> torch.Tensor:
+            logits = model(batch[:, :-1])
+            return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+
+        return loss
+
+    return [
+        Case("gpt_25mb", lambda: GPT(width=256, layers=8, heads=4), of_windows(1)),
+        Case("main_job", stdlib_lm.model, of_windows(16)),
+        Case("digits", digits.model, lambda model: F.cross_entropy(model(images), labels)),
+        Case("tiny", lambda: nn.Linear(16, 1), lambda model: model(few).pow(2).mean()),
+        Case("2000_small", lambda: Small(SMALL_PARAMETERS), lambda model: model().mean()),
+    ]
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(1)
+
+
+class Small(nn.Module):
+    """Many parameters of 64 elements, and next to nothing to compute."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.terms = nn.ParameterList(nn.Parameter(torch.ones(64)) for _ in range(count))
+
+    def forward(self) -> torch.Tensor:
+        return torch.stack(list(self.terms)).sum()
+
+
+def fresh(case: Case) -> nn.Module:
     torch.manual_seed(0)
-    return GPT(WIDTH, LAYERS, heads=4)
+    return case.model()
 
 
-def windows() -> torch.Tensor:
-    return torch.randint(0, 256, (BATCH, CONTEXT + 1), generator=torch.Generator().manual_seed(1))
-
-
-def make_step(model: nn.Module, parameters: list[nn.Parameter], after: Step | None = None) -> Step:
+def make_step(case: Case, model: nn.Module, after: Step | None = None) -> Step:
     """A whole step: forward, backward, exchange, optimizer."""
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
-    batch = windows()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step() -> None:
         optimizer.zero_grad()
-        logits = model(batch[:, :-1])
-        F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()).backward()
+        case.loss(model).backward()
         if after:
             after()
         optimizer.step()
@@ -93,46 +138,57 @@ def plain_exchange(model: nn.Module, comm: Any) -> Step:
 # ---------------------------------------------------------------- workers, one process a rank
 
 
-def time_arms(repeats: int) -> dict[str, Any]:
-    """Times of all arms, memory of the first, and the cost of a block."""
+def time_cases(repeats: int) -> dict[str, Any]:
+    """Times of all arms for each model, memory of the first, and the cost of a block."""
     import hpctrain
 
     world = hpctrain.join()
     torch.set_num_threads(1)
-    ours = hpctrain.DataParallel(gpt())
-    hpctrain_step = make_step(ours, list(ours.parameters()))
-    memory = peak_after(hpctrain_step)
+    first, *others = cases()
+    ours = hpctrain.DataParallel(fresh(first))
+    step = make_step(first, ours)
+    memory = peak_after(step)
 
     join_gloo(world.rank, world.size)
-    base = gpt()
-    wrapped = {f"ddp_{mb}mb": ddp(copy.deepcopy(base), mb) for mb in (25, 4)}
-    alone = copy.deepcopy(base)
-    arms = {
-        "hpctrain": hpctrain_step,
-        **{name: make_step(m, list(m.parameters())) for name, m in wrapped.items()},
-        "plain": make_step(alone, list(alone.parameters()), plain_exchange(alone, world.comm)),
-        "no exchange": make_step(base, list(base.parameters())),
+    models = {first.name: time_arms(world, first, ours, step, repeats)}
+    for case in others:
+        model = hpctrain.DataParallel(fresh(case))
+        models[case.name] = time_arms(world, case, model, make_step(case, model), repeats)
+    return {
+        "models": models,
+        "overhead_us": overhead_of_a_block(world, repeats * 5),
+        "peak_bytes": max(world.comm.allgather(memory)),
+        "rank": world.rank,
     }
+
+
+def time_arms(world: Any, case: Case, ours: Any, step: Step, repeats: int) -> dict[str, Any]:
+    """Times of a model's step in all arms."""
+    wrapped = {f"ddp_{mb}mb": ddp(fresh(case), mb) for mb in (25, 4)}
+    alone, unexchanged = fresh(case), fresh(case)
     exposed: list[float] = []
 
     def timed() -> None:
-        hpctrain_step()
+        step()
         exposed.append(ours.exchange.exposed_s)
 
     while ours.exchange.is_trying:
-        hpctrain_step()
-
-    def slowest(value: float) -> float:
-        return max(world.comm.allgather(value))
-
-    times = harness.take_turns({**arms, "hpctrain": timed}, repeats, world.comm.Barrier, slowest)
+        step()
+    arms = {
+        "hpctrain": timed,
+        **{name: make_step(case, model) for name, model in wrapped.items()},
+        "plain": make_step(case, alone, plain_exchange(alone, world.comm)),
+        "no exchange": make_step(case, unexchanged),
+    }
+    times = harness.take_turns(
+        arms, repeats, world.comm.Barrier, lambda value: max(world.comm.allgather(value))
+    )
     share = [e / t for e, t in zip(exposed[-repeats:], times["hpctrain"], strict=True)]
     return {
         "times": times,
         "exposed": statistics.median(world.comm.allgather(statistics.median(share))),
-        "overhead_us": overhead_of_a_block(world, repeats * 5),
-        "peak_bytes": max(world.comm.allgather(memory)),
         "progress": ours.exchange.progress,
+        "ways": ours.exchange.reducer.summary(),
         "blocks": len(ours.exchange.blocks),
     }
 
@@ -144,24 +200,15 @@ def peak_after(step: Step) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-class Tiny(nn.Module):
-    """Many parameters of 64 elements, and next to nothing to compute."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.terms = nn.ParameterList(nn.Parameter(torch.ones(64)) for _ in range(TINY_PARAMETERS))
-
-    def forward(self) -> torch.Tensor:
-        return torch.stack(list(self.terms)).sum()
-
-
 def overhead_of_a_block(world: Any, repeats: int) -> float:
     """Microseconds that a step takes longer for each block more, everything else being equal."""
     import hpctrain
 
     arms = {}
     for name, block_bytes in (("one block", 1 << 20), ("a block each", 1)):
-        model = hpctrain.DataParallel(Tiny(), hpctrain.ExchangeConfig(block_bytes=block_bytes))
+        model = hpctrain.DataParallel(
+            Small(TINY_PARAMETERS), hpctrain.ExchangeConfig(block_bytes=block_bytes)
+        )
 
         def step(model: nn.Module = model) -> None:
             model.zero_grad()
@@ -186,8 +233,8 @@ def measure_ddp_memory() -> dict[str, Any]:
     )
     torch.set_num_threads(1)
     join_gloo(rank, size)
-    model = ddp(gpt(), 25)
-    peak = torch.tensor(peak_after(make_step(model, list(model.parameters()))))
+    case = cases()[0]
+    peak = torch.tensor(peak_after(make_step(case, ddp(fresh(case), 25))))
     torch.distributed.all_reduce(peak, torch.distributed.ReduceOp.MAX)
     torch.distributed.destroy_process_group()
     return {"peak_bytes": int(peak), "rank": rank}
@@ -200,8 +247,8 @@ def main() -> None:
     options = harness.parser(__doc__).parse_args()
     if options.worker:
         kind, *rest = options.worker
-        result = time_arms(int(rest[0])) if kind == "times" else measure_ddp_memory()
-        if result.get("rank", 0) == 0:
+        result = time_cases(int(rest[0])) if kind == "times" else measure_ddp_memory()
+        if result["rank"] == 0:
             print(json.dumps(result), flush=True)
         return
     repeats = 7 if options.quick else 31
@@ -210,23 +257,30 @@ def main() -> None:
     for ranks in RANKS:
         found = harness.launch(ranks, "times", str(repeats))
         ddp_memory = harness.launch(ranks, "memory")
-        times = found["times"]
-        against = harness.spread(harness.ratios(times, "hpctrain", ["ddp_25mb", "ddp_4mb"]))
-        for name, taken in times.items():
-            row = {"ranks": ranks, "arm": name}
-            row |= {f"{key} ms": value * 1e3 for key, value in harness.spread(taken).items()}
-            over = harness.ratios(times, name, ["ddp_25mb", "ddp_4mb"])
-            rows.append(row | {"over better DDP": statistics.median(over)})
+        for model, measured in found["models"].items():
+            for name, taken in measured["times"].items():
+                row = {"ranks": ranks, "model": model, "arm": name}
+                row |= {f"{key} ms": value * 1e3 for key, value in harness.spread(taken).items()}
+                over = harness.ratios(measured["times"], name, DDP)
+                rows.append(row | {"over better DDP": statistics.median(over)})
         figures[f"ranks_{ranks}"] = {
-            "ratio_to_ddp": round(against["median"], 4),
-            "ratio_to_ddp_quartiles": [round(against["low"], 4), round(against["high"], 4)],
-            "exposed_fraction": round(found["exposed"], 4),
+            **headline(next(iter(found["models"].values()))),
             "overhead_us_per_block": round(found["overhead_us"], 2),
             "peak_rss_ratio_to_ddp": round(found["peak_bytes"] / ddp_memory["peak_bytes"], 4),
-            "progress": found["progress"],
-            "blocks": found["blocks"],
+            "models": {name: headline(measured) for name, measured in found["models"].items()},
         }
     harness.finish(harness.table(rows), figures, options.save)
+
+
+def headline(measured: dict[str, Any]) -> dict[str, Any]:
+    """What the JSON says of a model."""
+    against = harness.spread(harness.ratios(measured["times"], "hpctrain", DDP))
+    return {
+        "ratio_to_ddp": round(against["median"], 4),
+        "ratio_to_ddp_quartiles": [round(against["low"], 4), round(against["high"], 4)],
+        "exposed_fraction": round(measured["exposed"], 4),
+        **{key: measured[key] for key in ("progress", "ways", "blocks")},
+    }
 
 
 if __name__ == "__main__":
