@@ -45,6 +45,8 @@ MOST_HOSTS = 64
 AGENT = "/dev/shm/agent"
 """Stands in for ssh: runs a command on a host. Lies in memory that only the head sees."""
 
+# The machine may prefer another congestion control than the usual one; a route may name cubic where
+# the machine's settings keep namespaces from choosing it.
 # Arguments: rate, burst, queueing time, name and address of each host. PID namespaces nest, so
 # that the first process has another number outside, which the machine's own /proc knows.
 HEAD = f"""
@@ -97,6 +99,7 @@ for host; do
     ip link set lo up
     ip addr add $address/24 dev {LINK}
     ip link set {LINK} up
+    ip route change {NETWORK}.0/24 dev {LINK} src $address congctl cubic
     tc qdisc add dev {LINK} root tbf rate $rate burst $burst latency $latency"
 done
 echo "$outside"
@@ -205,7 +208,7 @@ class Cluster:
         env: Mapping[str, str] | None = None,
         *,
         timeout_s: float | None = None,
-        capture: bool = True,
+        **popen: Any,
     ) -> subprocess.CompletedProcess[str]:
         """Run a command under mpirun on every host, and wait for its end.
 
@@ -217,17 +220,11 @@ class Cluster:
             command: every rank's.
             env: added to this process's environment.
             timeout_s: raise subprocess.TimeoutExpired after it; the job ends with the cluster.
-            capture: keep what it prints, instead of passing it on.
+            popen: more options of subprocess.Popen; by default output is kept, not passed on.
         """
-        pipe = subprocess.PIPE if capture else None
-        started = self.start(
-            "head",
-            [*self.launcher(ranks_per_host), *command],
-            env,
-            stdin=subprocess.DEVNULL,
-            stdout=pipe,
-            stderr=pipe,
-        )
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        job = [*self.launcher(ranks_per_host), *command]
+        started = self.start("head", job, env, **(pipes | popen))
         with started:
             try:
                 out, err = started.communicate(timeout=timeout_s)
@@ -303,7 +300,7 @@ def main() -> None:
     options = parser.parse_args()
     try:
         with Cluster(options.hosts, options.rate) as cluster:
-            ended = cluster.run(options.ranks, options.command, capture=False)
+            ended = cluster.run(options.ranks, options.command, stdout=None, stderr=None)
     except ClusterError as error:
         print(f"cluster: {error}", file=sys.stderr)
         sys.exit(UNFIT)

@@ -159,7 +159,7 @@ from test_cluster import namespaces_of
 with Cluster(hosts=2) as made:
     namespaces = namespaces_of(made)
     print(json.dumps(namespaces), flush=True)
-    made.run(1, ["sh", "-c", "echo running; exec sleep 1000"], capture=False)
+    made.run(1, ["sh", "-c", "echo running; exec sleep 1000"], stdout=None)
 """
 
 
