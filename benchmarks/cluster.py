@@ -241,12 +241,14 @@ class Cluster:
         if not is_open_mpi(mpiexec):
             agent = ["-launcher", "ssh", "-launcher-exec", AGENT]
             return [mpiexec, *agent, "-iface", LINK, "-hosts", hosts, *count]
-        # Daemons would each bind their ranks from core 0 up, all hosts' ranks to the same cores.
+        # Daemons do not know that they share the cores: each would bind its ranks from core 0 up,
+        # and have them spin where they should let others run.
         # They have no agent to start further daemons with, and crash when they look for it.
         agent = ["--prtemca", "plm_ssh_agent", AGENT, "--prtemca", "plm_ssh_no_tree_spawn", "1"]
         wires = ["--mca", "pml", "ob1", "--mca", "btl", "tcp,self,sm"]
-        subnet = ["--mca", "btl_tcp_if_include", f"{NETWORK}.0/24"]
-        return [mpiexec, "--host", hosts, *count, "--bind-to", "none", *agent, *wires, *subnet]
+        wires += ["--mca", "btl_tcp_if_include", f"{NETWORK}.0/24"]
+        cores = ["--bind-to", "none", "--mca", "mpi_yield_when_idle", "1"]
+        return [mpiexec, "--host", hosts, *count, *cores, *agent, *wires]
 
     def environment(self) -> dict[str, str]:
         """This process's environment, and what the programs on the hosts need."""
