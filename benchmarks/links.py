@@ -7,15 +7,16 @@ a GPU does. A configuration's arms take turns in one run:
 
 - hpctrain, with bfloat16 on the wire too where compute is shortest;
 - torch's DistributedDataParallel on gloo, with buckets of 4 and 25 MB;
-- the controls, which must lose: one Iallreduce a parameter after backward, and one blocking
-  all-reduce of all gradients;
+- the controls, which must lose: one Iallreduce a parameter after backward, and, but for a quick
+  look, one blocking all-reduce of all gradients;
 - the step without exchange, whose parts are timed, and the wire alone: as many bytes as a
   bandwidth-optimal all-reduce sends from each host, by plain TCP. (By MPI messages it takes twice
   as long every now and then, when Open MPI serves one direction after the other.)
 
 The last two give the limit of a step that ends with averaged gradients: forward, then the longer
 of backward and wire, then the optimizer. Where the next forward may overlap as well, it is the
-longer of all compute and the wire. Prints a table, the aims, and JSON as its last line.
+longer of all compute, the optimizer's too, and the wire. Prints a table, the aims, and JSON as its
+last line.
 """
 
 from __future__ import annotations
@@ -310,7 +311,7 @@ class Bench:
                 raise AssertionError(f"{name}: gradients differ from the naive ones by {error:.1e}")
 
 
-def work(specification: str) -> dict[str, Any]:
+def run_worker(specification: str) -> dict[str, Any]:
     """Figures of each case, by position."""
     wanted = json.loads(specification)
     bench = Bench(wanted["layers"])
@@ -466,7 +467,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="configurations whose name has this text")
     options = parser.parse_args()
     if options.worker:
-        result = work(options.worker[0])
+        result = run_worker(options.worker[0])
         if result["rank"] == 0:
             print(json.dumps(result), flush=True)
         return
