@@ -12,6 +12,8 @@ import json
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import harness
@@ -123,7 +125,7 @@ def figures_of(times: dict[str, list[float]]) -> dict[str, float]:
     }
 
 
-def plot(figures: dict[str, Any]) -> Any:
+def draw(figures: dict[str, Any], file: Path) -> None:
     """Time of node-shared over the others, by size and ranks."""
     from matplotlib.figure import Figure
 
@@ -144,7 +146,7 @@ def plot(figures: dict[str, Any]) -> Any:
         ax.set(xscale="log", yscale="log", title=f"{ranks} ranks", xlabel="MB a rank")
     axes[0].set_ylabel("time of node-shared")
     axes[0].legend(fontsize=8)
-    return figure
+    figure.savefig(file, dpi=150)
 
 
 def main() -> None:
@@ -176,7 +178,7 @@ def main() -> None:
         }
         for (figure, ranks, megabytes), at_most in TARGETS.items()
     ]
-    harness.finish(harness.table(rows), figures, options.save, plot=plot)
+    harness.finish(harness.table(rows), figures, options.save, partial(draw, figures))
 
 
 if __name__ == "__main__":

@@ -17,9 +17,12 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hpctrain import __version__
+
+if TYPE_CHECKING:
+    from cluster import Cluster
 
 RESULTS = Path(__file__).parent / "results"
 RUNTIME = {  # as the Makefile sets them; see there
@@ -41,15 +44,28 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return made
 
 
-def launch(ranks: int, *arguments: str, script: str = sys.argv[0]) -> dict[str, Any]:
-    """Run a script's worker on `ranks` ranks; the JSON object that it printed last."""
-    mpiexec = Path(sys.executable).with_name("mpiexec")
-    command = [str(mpiexec), "-n", str(ranks), sys.executable, script, "--worker", *arguments]
-    ended = subprocess.run(
-        command, env=os.environ | RUNTIME, stdout=subprocess.PIPE, text=True, check=False
-    )
+def launch(
+    ranks: int, *arguments: str, script: str = sys.argv[0], on: Cluster | None = None
+) -> dict[str, Any]:
+    """Run a script's worker; the JSON object that it printed last.
+
+    Args:
+        ranks: on this machine, or on each host of a cluster.
+        arguments: the worker's.
+        script: whose worker.
+        on: the cluster, or None for this machine.
+    """
+    worker = [sys.executable, script, "--worker", *arguments]
+    if on:
+        ended = on.run(ranks, worker, stderr=None)
+    else:
+        mpiexec = Path(sys.executable).with_name("mpiexec")
+        command = [str(mpiexec), "-n", str(ranks), *worker]
+        ended = subprocess.run(
+            command, env=os.environ | RUNTIME, stdout=subprocess.PIPE, text=True, check=False
+        )
     if ended.returncode:
-        sys.exit(f"{' '.join(command)} ended with status {ended.returncode}:\n{ended.stdout}")
+        sys.exit(f"{' '.join(ended.args)} ended with status {ended.returncode}:\n{ended.stdout}")
     # Libraries print too, and ranks in any order: the object is the line that looks like one.
     found: dict[str, Any] = json.loads([x for x in ended.stdout.splitlines() if x[:1] == "{"][-1])
     return found
@@ -145,15 +161,15 @@ def finish(
     text: str,
     figures: Mapping[str, Any],
     idea: str | None,
-    plot: Callable[[Mapping[str, Any]], Any] | None = None,
+    draw: Callable[[Path], None] | None = None,
 ) -> None:
     """Print the table and, as the last line, the figures as JSON; keep all if asked to.
 
     Args:
         text: the table.
-        figures: what the benchmark found.
-        idea: name of the results folder to keep them in, or None.
-        plot: draws the figures, as a matplotlib figure.
+        figures: what the text's numbers come from.
+        idea: names the folder that keeps them, or None.
+        draw: draws a plot of them into a PNG file in that folder.
     """
     print(text)
     if idea:
@@ -163,7 +179,7 @@ def finish(
         whole = {**facts(), "figures": figures}
         (folder / "result.json").write_text(json.dumps(whole, indent=1) + "\n")
         (folder / "table.txt").write_text(text + "\n")
-        if plot:
-            plot(figures).savefig(folder / "plot.png", dpi=150)
+        if draw:
+            draw(folder / "plot.png")
         print(f"kept in {os.path.relpath(folder)}")
     print(json.dumps(figures))
