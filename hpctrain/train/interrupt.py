@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from hpctrain.world import World
 
 _PATIENCE_S = 1.0
+_log = logging.getLogger("hpctrain")
 
 
 class _TerminatedError(KeyboardInterrupt):
@@ -57,7 +59,13 @@ def told_when_interrupted(world: World, text: Callable[[], str]) -> Iterator[Non
 def _end(world: World, text: Callable[[], str], number: int) -> None:
     if not world.is_root:
         time.sleep(_PATIENCE_S)  # the root, which was interrupted as well, speaks and ends all
-    os.write(2, f"\nhpctrain: {text()}\n".encode())
+    line = f"\nhpctrain: {text()}\n"
+    _log.warning(line.strip(), extra={"shown": True})
+    os.write(2, line.encode())
+    if number == signal.SIGTERM:
+        # Open MPI's mpirun forwards nothing more of its ranks once it was interrupted.
+        with suppress(OSError), open("/dev/tty", "w") as terminal:
+            terminal.write(line)
     if world.size > 1:
         world.abort(128 + number)
     sys.exit(128 + number)
