@@ -77,11 +77,9 @@ def _run(chosen: argparse.Namespace) -> int:
     world = join()
     trainer = loaded.trainer(world, chosen.run_dir, chosen.fresh)
     trainer.run()
-    if world.is_root:
-        if trainer.parts.sample:
-            print(trainer.parts.sample(trainer.parts.model), flush=True)
-        if loaded.job.run.report:
-            trainer.console.say(report.write(trainer.run_folder.path))
+    if world.is_root and loaded.job.run.report:
+        trainer.console.say(report.write(trainer.run_folder.path))
+    trainer.show_sample()
     return ExitCode.DONE
 
 

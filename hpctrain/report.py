@@ -84,10 +84,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     entries = []
     for line in path.read_text().splitlines():
         try:
-            entries.append(json.loads(line))
+            entries.append(json.loads(line, object_hook=_with_nan))
         except json.JSONDecodeError:
             continue  # the last line of a run that was killed
     return entries
+
+
+def _with_nan(table: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN: figures that were not finite are recorded as null."""
+    return {key: float("nan") if value is None else value for key, value in table.items()}
 
 
 def read_facts(run: Path) -> dict[str, Any]:

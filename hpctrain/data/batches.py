@@ -15,7 +15,8 @@ from typing import Any, Protocol, cast
 import torch
 from torch.utils.data import IterableDataset, default_collate
 
-from hpctrain.errors import TrainingError
+from hpctrain.data.generators import OwnGenerators
+from hpctrain.errors import JobError, TrainingError
 
 Collate = Callable[[list[Any]], Any]
 
@@ -50,6 +51,18 @@ class Share:
         return self.samples / self.total
 
 
+_PLACE = "train_data() of the job module"
+
+
+def is_indexed(data: Any) -> bool:
+    """Whether samples can be had by index. torch gives iterable data sets a useless __getitem__."""
+    return (
+        not isinstance(data, IterableDataset)
+        and hasattr(data, "__getitem__")
+        and hasattr(data, "__len__")
+    )
+
+
 def split_evenly(count: int, parts: int) -> list[int]:
     """Sizes of `parts` parts of `count` things; they differ by at most one, larger ones first."""
     whole, left = divmod(count, parts)
@@ -70,7 +83,9 @@ class Batches:
 
     Args:
         data: a map-style data set, or an iterable of samples. An iterable is read by every rank,
-            which keeps its own samples and passes over the others'.
+            which keeps its own samples and passes over the others'. What it draws while it is
+            read comes from generators of its own, seeded with `seed`: all ranks read the same
+            samples, and so does a resumed run.
         batch: samples of a global batch.
         micro_batch: largest subset that a rank holds in memory at a time; 0 for its whole share.
         seed: of the order of samples.
@@ -80,7 +95,7 @@ class Batches:
         collate: makes a batch of a list of samples; torch's default for None.
 
     Raises:
-        TrainingError: the data set is empty or is neither map-style nor iterable.
+        JobError: the data set is empty or is neither map-style nor iterable.
     """
 
     def __init__(
@@ -102,19 +117,16 @@ class Batches:
         self._first = sum(self._sizes[:rank])
         self._rank = rank
         self._source: _Indexed | _Streamed
-        if (
-            not isinstance(data, IterableDataset)
-            and hasattr(data, "__getitem__")
-            and hasattr(data, "__len__")
-        ):
+        if is_indexed(data):
             self._source = _Indexed(cast(MapStyle, data), seed, shuffle)
         elif isinstance(data, Iterable):
-            self._source = _Streamed(data)
+            self._source = _Streamed(data, seed)
         else:
-            raise TrainingError(
+            raise JobError(
                 "the training data can be neither indexed nor iterated",
                 value=type(data).__name__,
                 allowed="an object with __len__ and __getitem__, or with __iter__",
+                where=_PLACE,
                 everywhere=True,
             )
 
@@ -146,7 +158,7 @@ class _Indexed:
         self._epoch = -1
         self._order: Any = range(self._length)
         if self._length == 0:
-            raise TrainingError("the training data is empty", everywhere=True)
+            raise _empty(everywhere=True)
 
     def read(self, position: int, count: int) -> list[Any]:
         indices = [self._index(position + offset) for offset in range(count)]
@@ -167,19 +179,26 @@ class _Indexed:
 class _Streamed:
     """Samples in the order in which an iterable gives them; started again at its end."""
 
-    def __init__(self, data: Iterable[Any]) -> None:
+    def __init__(self, data: Iterable[Any], seed: int) -> None:
         self._data = data
-        self._stream = iter(data)
-        self._position = 0
+        self._seed = seed
+        self._start()
 
     def read(self, position: int, count: int) -> list[Any]:
         if position < self._position:
             if self._stream is self._data:
                 raise TrainingError("an iterator cannot be read back", value=position)
-            self._stream, self._position = iter(self._data), 0
-        while self._position < position:
-            self._next()
-        return [self._next() for _ in range(count)]
+            self._start()
+        with self._generators:
+            while self._position < position:
+                self._next()
+            return [self._next() for _ in range(count)]
+
+    def _start(self) -> None:
+        self._generators = OwnGenerators(self._seed)
+        with self._generators:
+            self._stream = iter(self._data)
+        self._position = 0
 
     def _next(self) -> Any:
         for _ in range(2):
@@ -187,7 +206,20 @@ class _Streamed:
                 self._position += 1
                 return sample
             self._stream = iter(self._data)
+        if self._position == 0:
+            # Not everywhere: ranks without a sample of this step do not meet it.
+            raise _empty(everywhere=False)
         raise TrainingError(
             f"the training data ended after {self._position} samples",
+            where=_PLACE,
             fix="give an iterable that can be iterated again, or set fewer train.steps",
         )
+
+
+def _empty(everywhere: bool) -> JobError:
+    return JobError(
+        "the training data is empty",
+        where=_PLACE,
+        fix="return at least one sample: look at the paths and filters that it reads with",
+        everywhere=everywhere,
+    )

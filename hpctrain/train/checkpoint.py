@@ -9,10 +9,11 @@ Files are read with `weights_only=True`, which executes nothing from them.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
 import os
-import random
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,13 +21,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from hpctrain.comm.collect import all_gather, barrier_on, broadcast
 from hpctrain.comm.engine import Channel
 from hpctrain.config import check, option
-from hpctrain.errors import CheckpointError
+from hpctrain.errors import CheckpointError, ExitCode
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -46,6 +46,12 @@ class CheckpointConfig:
         check(self)
 
 
+class UnreadableError(CheckpointError):
+    """A checkpoint cannot be read, however often one tries: a relauncher need not."""
+
+    exit_code = ExitCode.BAD_JOB
+
+
 def save(
     channel: Channel,
     folder: Path,
@@ -54,6 +60,7 @@ def save(
     own: Mapping[str, Any],
     facts: Mapping[str, Any],
     keep: int,
+    read_back: bool = False,
 ) -> Path:
     """Write a checkpoint. Collective.
 
@@ -65,9 +72,11 @@ def save(
         own: state of this rank.
         facts: plain values for the manifest.
         keep: newest checkpoints that stay.
+        read_back: make sure that what was written can be read.
 
     Raises:
         CheckpointError: on every rank, when a file cannot be written; older ones are intact.
+        UnreadableError: on every rank, when `read_back` fails; names the entry.
     """
     name = f"step-{step:09d}"
     side = folder / f".{name}.partial"
@@ -84,6 +93,8 @@ def save(
     failure = failure or _attempt(write)
     everyone = all_gather(channel, (written, failure), label="checkpoint written")
     failures = [text for _, text in everyone if text]
+    if read_back and not failures:
+        _read_back(channel, side, shared if channel.rank == 0 else {}, own)
     if not failures:
         files = {name: entry for entries, _ in everyone for name, entry in entries.items()}
         manifest = {"format": FORMAT, "step": step, "ranks": channel.size, **facts, "files": files}
@@ -108,7 +119,13 @@ def complete_names(folder: Path) -> list[str]:
     """Names of the checkpoints of a folder that were finished, newest first. Reads no content."""
     if not folder.is_dir():
         return []
-    return sorted((p.parent.name for p in folder.glob(f"step-*/{MANIFEST}")), reverse=True)
+    names = (path.parent.name for path in folder.glob(f"step-*/{MANIFEST}"))
+    return sorted((name for name in names if re.fullmatch(r"step-\d+", name)), reverse=True)
+
+
+def step_of(name: str) -> int:
+    """The step of a checkpoint, by its name."""
+    return int(name.removeprefix("step-"))
 
 
 def load_newest(channel: Channel, folder: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
@@ -119,7 +136,7 @@ def load_newest(channel: Channel, folder: Path) -> tuple[dict[str, Any], dict[st
         was written by another number of ranks), and the manifest; or None if there is none.
 
     Raises:
-        CheckpointError: there are checkpoints, but none is intact.
+        UnreadableError: there are checkpoints, but none is intact.
     """
     if channel.rank == 0:
         _attempt(lambda: _mend(folder))
@@ -134,51 +151,13 @@ def load_newest(channel: Channel, folder: Path) -> tuple[dict[str, Any], dict[st
         if channel.rank == 0:
             _log.warning("checkpoint %s is damaged and passed over: %s", folder / name, bad[0])
     if names:
-        raise CheckpointError(
+        raise UnreadableError(
             f"none of {len(names)} checkpoints is intact",
             where=str(folder),
-            fix="start anew with --fresh, or restore the folder from a copy",
+            fix="choose another --run-dir, or restore this one from a copy",
             everywhere=True,
         )
     return None
-
-
-def generator_state() -> dict[str, Any]:
-    """The state of every random generator of this process, as tensors and plain values."""
-    version, words, gauss = random.getstate()
-    numpy_state: Any = np.random.get_state(legacy=False)
-    return {
-        "python": {"version": version, "words": torch.tensor(words), "gauss": gauss},
-        "numpy": {
-            "name": numpy_state["bit_generator"],
-            "key": torch.from_numpy(numpy_state["state"]["key"].astype(np.int64)),
-            "position": int(numpy_state["state"]["pos"]),
-            "has_gauss": int(numpy_state["has_gauss"]),
-            "gauss": float(numpy_state["gauss"]),
-        },
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def restore_generators(state: Mapping[str, Any]) -> None:
-    """Set every random generator of this process to a state from `generator_state`."""
-    python, numpy_state = state["python"], state["numpy"]
-    random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
-    np.random.set_state(
-        {
-            "bit_generator": numpy_state["name"],
-            "state": {
-                "key": numpy_state["key"].numpy().astype(np.uint32),
-                "pos": numpy_state["position"],
-            },
-            "has_gauss": numpy_state["has_gauss"],
-            "gauss": numpy_state["gauss"],
-        }
-    )
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
 
 
 def _own_name(rank: int) -> str:
@@ -229,6 +208,50 @@ def _write(path: Path, value: Any) -> dict[str, Any]:
         file.flush()
         os.fsync(file.fileno())
     return _entry(path)
+
+
+def _read_back(
+    channel: Channel, side: Path, shared: Mapping[str, Any], own: Mapping[str, Any]
+) -> None:
+    """Read the files just written, as a resumed run will. Collective."""
+    failure = None
+    for file, value in {
+        **{f"{key}.pt": v for key, v in shared.items()},
+        _own_name(channel.rank): own,
+    }.items():
+        if _attempt(partial(_load, side / file)):
+            failure = f"{file.removesuffix('.pt')}{_unreadable_entry(value)}"
+    failures = [text for text in all_gather(channel, failure, label="checkpoint read back") if text]
+    if failures:
+        if channel.rank == 0:
+            shutil.rmtree(side, ignore_errors=True)
+        raise UnreadableError(
+            "the checkpoint could be written, but not be read again",
+            value=failures[0],
+            allowed="tensors, numbers, text, and lists and dicts of them",
+            fix="store it as one of these, in get_extra_state() for example",
+            everywhere=True,
+        )
+
+
+def _unreadable_entry(value: Any) -> str:
+    """Place and type of the innermost entry that cannot be read: `['a']['b'] (ndarray)`."""
+    inner: Any = ()
+    if isinstance(value, Mapping):
+        inner = value.items()
+    elif isinstance(value, (list, tuple)):
+        inner = enumerate(value)
+    for key, entry in inner:
+        buffer = io.BytesIO()
+        torch.save(entry, buffer)
+        buffer.seek(0)
+        if _attempt(partial(_load, buffer)):
+            return f"[{key!r}]{_unreadable_entry(entry)}"
+    return f" ({type(value).__module__}.{type(value).__name__})"
+
+
+def _load(file: Any) -> Any:
+    return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:
@@ -283,6 +306,6 @@ def _read_into(
         path = folder / Path(name).name
         if _entry(path) != entry:
             raise CheckpointError("content does not match its hash", where=str(path))
-        value = torch.load(path, map_location="cpu", weights_only=True)
+        value = _load(path)
         state["own" if is_own else name.removesuffix(".pt")] = value
     read.append((state, manifest))

@@ -4,94 +4,37 @@ from __future__ import annotations
 
 import logging
 import math
-import random
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from hpctrain.comm.collect import all_gather, all_sum, barrier_on
 from hpctrain.comm.engine import engine_of
 from hpctrain.comm.measure import clock_offset
-from hpctrain.config import check, option
-from hpctrain.data.batches import Batches, Collate, MapStyle
-from hpctrain.errors import TrainingError
+from hpctrain.data.batches import Batches, MapStyle, is_indexed
+from hpctrain.data.generators import generator_state, restore_generators, seed_generators
+from hpctrain.errors import JobError, TrainingError
 from hpctrain.grad.accumulate import accumulate
 from hpctrain.grad.data_parallel import DataParallel
-from hpctrain.grad.overlap import ExchangeConfig
 from hpctrain.trace import now_s
-from hpctrain.train import checkpoint
-from hpctrain.train.checkpoint import CheckpointConfig
+from hpctrain.train import checkpoint, resume
+from hpctrain.train.checks import check_same_data, loss_mistake
 from hpctrain.train.console import Console, Progress, RankLog
-from hpctrain.train.optimizer import ScheduleConfig, build_optimizer
-from hpctrain.train.run_folder import Metrics, RunConfig, open_run
+from hpctrain.train.interrupt import told_when_interrupted
+from hpctrain.train.metrics import Metrics, StepFigures
+from hpctrain.train.optimizer import build_optimizer
+from hpctrain.train.run_folder import open_run
+from hpctrain.train.sample import show_sample
+from hpctrain.train.settings import Parts, Settings, TrainConfig
 from hpctrain.world import World
 
-Loss = Callable[[nn.Module, Any], torch.Tensor]
+__all__ = ["Parts", "Settings", "TrainConfig", "Trainer", "seed_generators"]
+
 _log = logging.getLogger("hpctrain")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """How long to train, and on how much at a time."""
-
-    steps: int = option(minimum=1)
-    """Optimizer steps in the whole run."""
-    batch: int = option(minimum=1)
-    """Samples of one step over all ranks, whatever their number."""
-    micro_batch: int = option(0, minimum=0)
-    """Largest number of samples that a rank computes at a time; 0 for its whole share."""
-    shuffle: bool = True
-    """Whether a map-style data set is read in a new random order in each epoch."""
-    clip_norm: float | None = option(None, above=0)
-    """Gradients whose norm is larger are scaled down to it."""
-    nonfinite: str = option("stop", choices=("stop", "skip"))
-    """What to do when a gradient is not finite: end the run, or leave out that step's update."""
-    eval_every: int = option(0, minimum=0)
-    """Steps between two evaluations on the validation data; 0 for one at the end only."""
-
-    def __post_init__(self) -> None:
-        check(self)
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What a job trains: plain PyTorch that knows nothing of ranks.
-
-    Attributes:
-        model: the module to train.
-        train_data: map-style data set or iterable of samples.
-        loss: of a model and a batch: the mean over the batch's samples.
-        validation_data: map-style data set, if there is one.
-        metrics: of a model and a batch: means over the batch's samples, by name.
-        collate: makes a batch of a list of samples; torch's default for None.
-        sample: of a trained model: text to show at the end.
-    """
-
-    model: nn.Module
-    train_data: MapStyle | Iterable[Any]
-    loss: Loss
-    validation_data: MapStyle | None = None
-    metrics: Callable[[nn.Module, Any], Mapping[str, torch.Tensor]] | None = None
-    collate: Collate | None = None
-    sample: Callable[[nn.Module], str] | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How a job trains its parts."""
-
-    train: TrainConfig
-    optimizer: Mapping[str, Any]
-    schedule: ScheduleConfig
-    exchange: ExchangeConfig
-    checkpoint: CheckpointConfig
-    run: RunConfig
-    seed: int
 
 
 class Trainer:
@@ -123,32 +66,66 @@ class Trainer:
         self.parts = parts
         self.settings = settings
         self.control = engine_of(world).control
+        self.console = Console(speaks=world.is_root, line_s=settings.run.line_s)
         self.step_number = 0
+        train = settings.train
         if settings.exchange.deterministic:
             torch.use_deterministic_algorithms(True)
+        check_same_data(self.control, world, parts.train_data, "training")
+        check_same_data(self.control, world, parts.validation_data, "validation")
+        self.batches = Batches(
+            parts.train_data,
+            batch=train.batch,
+            micro_batch=train.micro_batch,
+            seed=settings.seed,
+            shuffle=train.shuffle,
+            rank=world.rank,
+            size=world.size,
+            collate=parts.collate,
+        )
         self.model = DataParallel(parts.model, settings.exchange, world=world)
         self.optimizer = build_optimizer(
             [p for p in parts.model.parameters() if p.requires_grad], settings.optimizer
         )
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.batches = Batches(
-            parts.train_data,
-            batch=settings.train.batch,
-            micro_batch=settings.train.micro_batch,
-            seed=settings.seed,
-            shuffle=settings.train.shuffle,
-            rank=world.rank,
-            size=world.size,
-            collate=parts.collate,
-        )
         seed_generators(settings.seed + 1 + world.rank)
-        self.run_folder = open_run(
-            self.control, parent, str(facts.get("fingerprint", "")), chosen, fresh
-        )
-        self._open(dict(facts))
+
+        self._fresh = fresh
+        self.opened = open_run(self.control, parent, facts, chosen, fresh, train.steps)
+        self.run_folder = self.opened.folder
+        self._log = RankLog(self.run_folder.log(world.rank), world, self.console)
+        for note in self.opened.notes:
+            _log.warning(note)
+        try:
+            self._resume()
+        except BaseException:
+            self.opened.release()
+            self._log.close()
+            raise
+        self._started_at = self.step_number
+        self._loss_checked = False
+        self._read_back = True
+        self._pending: list[StepFigures] = []
+        self._log_every = settings.run.log_every or max(1, train.steps // 100)
+        self._metrics: Metrics | None = None
+        if world.is_root:
+            self.run_folder.begin_session({**facts, **self._surroundings()})
+            self._metrics = Metrics(self.run_folder, settings.run.tensorboard, self.step_number)
+        world.trace.offset_s = clock_offset(self.control)
+        if settings.run.trace_steps:
+            world.trace.open(self.run_folder.trace(world.rank), world.rank)
+        self._begun_s = now_s()
+        self._say_hello()
 
     def run(self) -> dict[str, float]:
-        """Train to the last step, evaluate, save. Returns the last evaluation's figures."""
+        """Train to the last step, evaluate, save. Returns the last evaluation's figures.
+
+        Ctrl-C and SIGTERM end all ranks.
+        """
+        with told_when_interrupted(self.world, self._farewell):
+            return self._run()
+
+    def _run(self) -> dict[str, float]:
         train, every = self.settings.train, self.settings.checkpoint.every
         figures: dict[str, float] = {}
         while self.step_number < train.steps:
@@ -171,6 +148,8 @@ class Trainer:
         begun_s = now_s()
         self.world.position.step = self.step_number + 1
         share = self.batches.share(self.step_number)
+        if not share.sizes and not self._loss_checked:
+            self._check_loss(None)
         loss = torch.zeros(())
         sizes = iter(share.sizes)
 
@@ -180,7 +159,9 @@ class Trainer:
             # each sample equally, however many of them a rank has.
             weight = next(sizes) / share.total
             with self._phase("forward"):
-                part = self.parts.loss(self.model, subset) * weight
+                value = self.parts.loss(self.model, subset)
+                self._check_loss(loss_mistake(self.parts.loss, value))
+                part = value * weight
             with self._phase("backward"):
                 (part * self.world.size).backward()
             loss = loss + part.detach()
@@ -198,7 +179,9 @@ class Trainer:
                 self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         self.step_number += 1
-        self._pending.append((float(loss), norm, self.model.exchange.exposed_s, now_s() - begun_s))
+        self._pending.append(
+            StepFigures(float(loss), norm, self.model.exchange.exposed_s, now_s() - begun_s)
+        )
         if self._session_steps() >= self.settings.run.trace_steps:
             self.world.trace.active = False
 
@@ -229,7 +212,10 @@ class Trainer:
         return figures
 
     def save(self) -> None:
-        """Write a checkpoint."""
+        """Write a checkpoint. The first one of a launch is read back at once."""
+        own: dict[str, Any] = {"generators": generator_state()}
+        if self.settings.exchange.buffers == "local":
+            own["buffers"] = resume.local_buffers(self.parts.model)
         with self._phase("save"):
             checkpoint.save(
                 self.control,
@@ -240,10 +226,28 @@ class Trainer:
                     "optimizer": self.optimizer.state_dict(),
                     "exchange": self.model.exchange.state_dict(),
                 },
-                own={"generators": checkpoint.generator_state()},
-                facts={"samples": self.step_number * self.settings.train.batch},
+                own=own,
+                facts={
+                    "samples": self.step_number * self.settings.train.batch,
+                    "optimizer": resume.optimizer_name(self.settings.optimizer),
+                },
                 keep=self.settings.checkpoint.keep,
+                read_back=self._read_back,
             )
+        self._read_back = False
+
+    def show_sample(self) -> None:
+        """Print what the job's `sample` makes of the trained model, on the root. Not collective."""
+        if self.parts.sample and self.world.is_root:
+            log = RankLog(self.run_folder.log(self.world.rank), self.world, self.console)
+            show_sample(
+                self.parts.sample,
+                self.parts.model,
+                self.run_folder,
+                self.console,
+                self.settings.seed,
+            )
+            log.close()
 
     # ------------------------------------------------------------------ parts of a step
 
@@ -263,6 +267,15 @@ class Trainer:
             yield item
             del item
 
+    def _check_loss(self, mistake: str | None) -> None:
+        """Refuse a loss that is none. In the first step all ranks agree, so that one may speak."""
+        first, self._loss_checked = not self._loss_checked, True
+        if first:
+            mistakes = all_gather(self.control, mistake, label="loss check")
+            mistake = next((text for text in mistakes if text), None)
+        if mistake:
+            raise JobError(mistake, everywhere=first)
+
     def _is_usable(self, norm: float, loss: torch.Tensor) -> bool:
         """Whether to take the step. All ranks hold the same gradients and so agree on it.
 
@@ -280,7 +293,8 @@ class Trainer:
         raise TrainingError(
             f"gradients are not finite in step {self.step_number + 1}: first not finite was {who}",
             value=norm,
-            fix="lower the learning rate, set train.clip_norm, or train.nonfinite = 'skip'",
+            fix="look for bad values in the input data, lower the learning rate, set "
+            "train.clip_norm, or train.nonfinite = 'skip'",
             everywhere=True,
         )
 
@@ -309,53 +323,63 @@ class Trainer:
 
     # ------------------------------------------------------------------ around the steps
 
-    def _open(self, facts: dict[str, Any]) -> None:
-        """Open the run folder's files and continue from its newest checkpoint."""
-        world = self.world
-        self.console = Console(speaks=world.is_root, line_s=self.settings.run.line_s)
-        self._log = RankLog(self.run_folder.log(world.rank), world, self.console)
-        self._resume()
-        self._started_at = self.step_number
-        self._metrics: Metrics | None = None
-        if world.is_root:
-            self.run_folder.write_facts(**facts, **self._surroundings(), finished=False)
-            self._metrics = Metrics(
-                self.run_folder, self.settings.run.tensorboard, self.step_number
-            )
-        world.trace.offset_s = clock_offset(self.control)
-        if self.settings.run.trace_steps:
-            world.trace.open(self.run_folder.trace(world.rank), world.rank)
-        steps = self.settings.train.steps
-        self._log_every = self.settings.run.log_every or max(1, steps // 100)
-        self._pending: list[tuple[float, float, float, float]] = []
-        self._begun_s = now_s()
-        parameters = sum(p.numel() for p in self.parts.model.parameters())
-        _log.info(
-            "%d parameters, %d of %d steps to go", parameters, steps - self.step_number, steps
-        )
-        self.console.say(
-            f"{parameters:,} parameters, {world.size} rank(s) on {len(world.nodes)} node(s), "
-            f"{world.library}; run folder {self.run_folder.path}"
-        )
-
     def _resume(self) -> None:
+        """Continue from the run's newest checkpoint, if it has one."""
         loaded = checkpoint.load_newest(self.control, self.run_folder.checkpoints)
         if loaded is None:
             return
         state, manifest = loaded
         self.step_number = int(manifest["step"])
-        _restore_model(self.parts.model, state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        resume.restore_model(self.parts.model, state["model"])
+        resume.restore_optimizer(
+            self.optimizer, self.settings.optimizer, state["optimizer"], manifest.get("optimizer")
+        )
         self.model.exchange.load_state_dict(state["exchange"])
-        if state["own"]:
-            checkpoint.restore_generators(state["own"]["generators"])
+        own = state["own"]
+        if own:
+            resume.restore_local_buffers(self.parts.model, own.get("buffers", {}))
+            restore_generators(own["generators"])
         else:
             seed_generators(self.settings.seed + 1 + self.world.rank + 1_000_003 * self.step_number)
             _log.warning(
-                "the checkpoint is of %d ranks: random generators start anew", manifest["ranks"]
+                "the checkpoint is of %d ranks: random generators start anew%s",
+                manifest["ranks"],
+                ", and all ranks take the buffers of rank 0"
+                if self.settings.exchange.buffers == "local"
+                else "",
             )
         self.model.check_in_sync()
         self.console.say(f"resumed at step {self.step_number}")
+
+    def _say_hello(self) -> None:
+        world, train = self.world, self.settings.train
+        parameters = sum(p.numel() for p in self.parts.model.parameters())
+        _log.info(
+            "%d parameters, %d of %d steps to go",
+            *(parameters, train.steps - self.step_number, train.steps),
+        )
+        data: Any = self.parts.train_data
+        if world.is_root and is_indexed(data) and len(data) < train.batch:
+            _log.warning(
+                "a batch of %d takes samples of the %d several times", train.batch, len(data)
+            )
+        self.console.say(
+            f"{parameters:,} parameters, {world.size} rank(s) on {len(world.nodes)} node(s), "
+            f"{world.library}; run folder {self.run_folder.path}"
+        )
+
+    def _farewell(self) -> str:
+        """What an interrupted user should know."""
+        names = checkpoint.complete_names(self.run_folder.checkpoints)
+        if not names:
+            return (
+                f"interrupted at step {self.step_number}; there is no checkpoint to continue from"
+            )
+        again = "without --fresh" if self._fresh else "again"
+        return (
+            f"interrupted at step {self.step_number}; newest checkpoint is step "
+            f"{checkpoint.step_of(names[0])}: start the same command {again} to continue"
+        )
 
     def _surroundings(self) -> dict[str, Any]:
         world = self.world
@@ -376,38 +400,45 @@ class Trainer:
         if not self._pending:
             return
         self.world.position.phase = "report"
-        mine = np.array(self._pending)
+        mine = np.array([astuple(figures) for figures in self._pending])
         first = self.step_number - len(mine) + 1
         self._pending = []
-        total = all_sum(self.control, mine, label="metrics")
+        sums = all_sum(self.control, mine, label="metrics")
         self.world.trace.flush()
         if not self._metrics:
             return
-        ranks, batch = self.world.size, self.settings.train.batch
-        for offset, (loss, norm, exposed_s, step_s) in enumerate(total):
-            self._metrics.write(
-                first + offset,
-                loss=loss,
-                gradient_norm=norm / ranks,
-                rate=self._rates[0]
-                * self.settings.schedule.factor(first + offset - 1, self.settings.train.steps),
-                samples_per_s=batch * ranks / step_s,
-                step_s=step_s / ranks,
-                exposed_s=exposed_s / ranks,
-            )
+        for step, row in enumerate(sums, first):
+            self._record(step, StepFigures(*map(float, row)))
         self._metrics.flush()
-        mean_loss, _, exposed_s, step_s = total.mean(axis=0)
+        mean = StepFigures(*map(float, sums.mean(axis=0)))
         left = self.settings.train.steps - self.step_number
         self.console.progress(
             Progress(
                 step=self.step_number,
                 steps=self.settings.train.steps,
-                loss=float(mean_loss),
-                samples_per_s=float(batch * ranks / step_s),
-                exposed=float(exposed_s / step_s),
+                loss=mean.loss,
+                samples_per_s=self._samples_per_s(mean),
+                exposed=mean.exposed_s / mean.step_s,
                 left_s=(now_s() - self._begun_s) / self._session_steps() * left,
             )
         )
+
+    def _record(self, step: int, total: StepFigures) -> None:
+        """Write down the figures of a step, added up over ranks."""
+        assert self._metrics
+        ranks, schedule = self.world.size, self.settings.schedule
+        self._metrics.write(
+            step,
+            loss=total.loss,
+            gradient_norm=total.gradient_norm / ranks,
+            rate=self._rates[0] * schedule.factor(step - 1, self.settings.train.steps),
+            samples_per_s=self._samples_per_s(total),
+            step_s=total.step_s / ranks,
+            exposed_s=total.exposed_s / ranks,
+        )
+
+    def _samples_per_s(self, total: StepFigures) -> float:
+        return self.settings.train.batch * self.world.size / total.step_s
 
     def _close(self) -> None:
         self.world.position.phase = "closing"
@@ -422,21 +453,4 @@ class Trainer:
                 seconds=now_s() - self._begun_s,
                 progress=self.model.exchange.progress,
             )
-
-
-def seed_generators(seed: int) -> None:
-    """Seed the generators of torch, NumPy and Python."""
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)
-    random.seed(seed)
-
-
-def _restore_model(model: nn.Module, state: Mapping[str, Any]) -> None:
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise TrainingError(
-            f"the checkpoint is of another model: {error}",
-            fix="start anew with --fresh, or with the model that wrote it",
-            everywhere=True,
-        ) from error
+        self.opened.release()

@@ -1,28 +1,32 @@
 """The folder that a run leaves behind, and which earlier run a job continues.
 
 runs/<job>/<number>/
-    run.json            job, ranks, versions; whether the run is finished
+    run.json            job, ranks, versions; whether the run is finished; earlier sessions
+    run.lock            held by the launch that trains in it
     metrics.jsonl       one line a step, and one an evaluation
     logs/rank-00000.log
     trace/rank-00000.jsonl
     checkpoints/step-000000500/...
-    timeline.json, report.html
+    timeline.json, report.html, sample.txt
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from hpctrain.comm.collect import all_gather, broadcast
 from hpctrain.comm.engine import Channel
 from hpctrain.config import check, option
-from hpctrain.errors import HpctrainError, TrainingError, UnfitError
-from hpctrain.train.checkpoint import complete_names
+from hpctrain.errors import ExitCode, HpctrainError, JobError, UnfitError
+from hpctrain.train.checkpoint import complete_names, step_of
+from hpctrain.train.run_lock import RunLock, holder_of
+
+_SESSION = ("fingerprint", "ranks", "nodes", "mpi", "torch", "threads", "resumed_at", "seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +50,12 @@ class RunConfig:
         check(self)
 
 
+class AlreadyFinishedError(HpctrainError):
+    """The chosen run has nothing left to do. Not a failure to whoever started it."""
+
+    exit_code = ExitCode.DONE
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """The files of one run."""
@@ -61,6 +71,11 @@ class RunFolder:
     def metrics(self) -> Path:
         """Figures by step."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the launch that trains in the folder."""
+        return self.path / "run.lock"
 
     def log(self, rank: int) -> Path:
         """Log of one rank."""
@@ -81,30 +96,76 @@ class RunFolder:
     def write_facts(self, **facts: Any) -> None:
         """Add to run.json, replacing it in one step."""
         side = self.path / ".run.json.partial"
-        side.write_text(json.dumps({**self.facts(), **facts}, indent=1) + "\n")
+        side.write_text(json.dumps({**self.facts(), **facts}, indent=1, default=str) + "\n")
         side.replace(self.path / "run.json")
+
+    def begin_session(self, facts: Mapping[str, Any]) -> None:
+        """Record a new session in run.json; what it said of the last one goes to `history`.
+
+        The job of a session is left out there when that of the next one is the same.
+        """
+        last = self.facts()
+        session = {key: last[key] for key in _SESSION if key in last}
+        if "job" in last and last["job"] != _as_read(facts.get("job")):
+            session["job"] = last["job"]
+        history = [*last.get("history", []), *([session] if "ranks" in last else [])]
+        self.write_facts(**{**facts, "history": history, "finished": False})
+
+
+@dataclass(frozen=True)
+class OpenedRun:
+    """A run folder that this launch may train in.
+
+    Attributes:
+        folder: its files.
+        notes: what the user should know about the choice, on the root.
+        lock: held on the root.
+    """
+
+    folder: RunFolder
+    notes: tuple[str, ...] = ()
+    lock: RunLock | None = None
+
+    def release(self) -> None:
+        """Let other launches have the folder."""
+        if self.lock:
+            self.lock.release()
 
 
 def open_run(
-    channel: Channel, parent: Path, fingerprint: str, chosen: Path | None, fresh: bool
-) -> RunFolder:
+    channel: Channel,
+    parent: Path,
+    facts: Mapping[str, Any],
+    chosen: Path | None = None,
+    fresh: bool = False,
+    steps: int = 0,
+) -> OpenedRun:
     """The folder of this run: a new one, or an unfinished one of the same job. Collective.
 
     Args:
         channel: over all ranks.
         parent: folder of all runs of the job.
-        fingerprint: equal for runs that may continue each other.
-        chosen: use this folder, whatever it holds.
+        facts: of the job, for run.json; `fingerprint` is equal for runs that may continue each
+            other.
+        chosen: use this folder, new, empty or an earlier run.
         fresh: do not continue an earlier run.
+        steps: of the whole run; a finished run is continued only if it has fewer.
 
     Raises:
         UnfitError: the folder cannot be made, or some rank does not see it.
-        TrainingError: `fresh`, and the chosen folder holds a run already.
+        JobError: the chosen folder is not a run, is being trained, or is not `fresh`.
+        AlreadyFinishedError: the chosen run has been trained to its end.
     """
+    opened: OpenedRun | None = None
     answer: Path | HpctrainError | None = None
     if channel.rank == 0:
         try:
-            answer = _choose(parent, fingerprint, chosen, fresh)
+            opened = (
+                _open_number(parent, facts, fresh)
+                if chosen is None
+                else _open_chosen(chosen, facts, fresh, steps)
+            )
+            answer = opened.folder.path
         except OSError as error:
             answer = UnfitError(
                 f"the run folder cannot be made: {error}",
@@ -125,30 +186,90 @@ def open_run(
             fix="set run.folder to a file system that all nodes share",
             everywhere=True,
         )
-    return RunFolder(answer)
+    return opened or OpenedRun(RunFolder(answer))
 
 
-def _choose(parent: Path, fingerprint: str, chosen: Path | None, fresh: bool) -> Path:
-    if chosen is not None:
-        if fresh and complete_names(chosen / "checkpoints"):
-            raise TrainingError(
-                "the run folder holds checkpoints of an earlier run",
-                where=str(chosen),
-                fix="choose another folder, or leave out --fresh to continue it",
-                everywhere=True,
+def _open_chosen(chosen: Path, facts: Mapping[str, Any], fresh: bool, steps: int) -> OpenedRun:
+    run = RunFolder(chosen.resolve())
+    earlier = run.facts()
+    names = complete_names(run.checkpoints)
+    if fresh and names:
+        raise _refusal(
+            "--fresh starts a run anew, but the run folder holds checkpoints of an earlier one",
+            chosen,
+            "choose another --run-dir",
+        )
+    # A launch that was killed at once may have left its lock alone.
+    if run.path.is_dir() and any(p != run.lock for p in run.path.iterdir()):
+        if not {"fingerprint", "finished"} <= earlier.keys():
+            raise _refusal(
+                "the run folder holds other files and no run.json of hpctrain",
+                chosen,
+                "choose another --run-dir: one that is new, empty or an earlier run",
             )
-        chosen.mkdir(parents=True, exist_ok=True)
-        return chosen.resolve()
+    done = step_of(names[0]) if names else 0
+    if earlier.get("finished") and (done >= steps or not names):
+        raise AlreadyFinishedError(
+            f"{chosen} is already finished" + (f" at step {done}" if names else "") + ", "
+            "nothing to do",
+            fix="to train on, raise train.steps; to train anew, choose another --run-dir",
+            everywhere=True,
+        )
+    run.path.mkdir(parents=True, exist_ok=True)
+    lock = RunLock(run.lock)
+    holder = lock.take()
+    if holder:
+        raise _refusal(
+            f"the run folder is being trained by {holder}",
+            chosen,
+            "wait for its end, or choose another --run-dir",
+        )
+    if not earlier:
+        run.write_facts(**facts, finished=False)
+    notes: tuple[str, ...] = ()
+    if earlier and earlier["fingerprint"] != facts.get("fingerprint"):
+        notes = (f"{chosen} goes on with a changed job: {_changes(earlier, facts)}",)
+    return OpenedRun(run, notes, lock)
+
+
+def _refusal(what: str, chosen: Path, fix: str) -> JobError:
+    return JobError(what, where=str(chosen), fix=fix, everywhere=True)
+
+
+def _open_number(parent: Path, facts: Mapping[str, Any], fresh: bool) -> OpenedRun:
     parent.mkdir(parents=True, exist_ok=True)
     numbers = sorted(int(p.name) for p in parent.iterdir() if re.fullmatch("[0-9]+", p.name))
+    busy: str | None = None
+    left: str | None = None
     for number in reversed(numbers if not fresh else []):
         run = RunFolder(parent / f"{number:03d}")
-        facts = run.facts()
-        if facts.get("fingerprint") == fingerprint:
-            if facts.get("finished") or not complete_names(run.checkpoints):
+        earlier = run.facts()
+        finished, names = earlier.get("finished"), complete_names(run.checkpoints)
+        if earlier and earlier.get("fingerprint") == facts.get("fingerprint"):
+            if finished:
                 break
-            return run.path.resolve()
-    return _make_next(parent, numbers[-1] + 1 if numbers else 1)
+            lock = RunLock(run.lock)
+            busy = lock.take()
+            if busy:
+                break
+            if names:
+                return OpenedRun(RunFolder(run.path.resolve()), (), lock)
+            lock.release()  # it ended before its first checkpoint: an older one may have got on
+            continue
+        if finished:
+            left = left or ""  # the user has gone on since: older ones were told of then
+        elif earlier and left is None and names and not holder_of(run.lock):
+            left = (
+                f"{run.path} is unfinished at step {step_of(names[0])} but is another job "
+                f"({_changes(earlier, facts)}); to continue it: --run-dir {run.path}"
+            )
+    path = _make_next(parent, numbers[-1] + 1 if numbers else 1)
+    lock = RunLock(path / "run.lock")
+    lock.take()
+    made = RunFolder(path.resolve())
+    made.write_facts(**facts, finished=False)
+    note = f"{run.path} is being trained by {busy}; this run goes to {path.name}" if busy else left
+    return OpenedRun(made, (note,) if note else (), lock)
 
 
 def _make_next(parent: Path, number: int) -> Path:
@@ -157,57 +278,33 @@ def _make_next(parent: Path, number: int) -> Path:
         path = parent / f"{number:03d}"
         try:
             path.mkdir()
-            return path.resolve()
+            return path
         except FileExistsError:
             number += 1
 
 
-class Metrics:
-    """Appends to metrics.jsonl, and to TensorBoard if asked to. For the root alone.
-
-    A resumed run may repeat steps that a killed one had recorded: they are cut off first.
-    """
-
-    def __init__(self, run: RunFolder, tensorboard: bool, resumed_at: int) -> None:
-        self._file: TextIO = _reopen(run.metrics, resumed_at)
-        self._board: Any = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(run.path / "tensorboard"), purge_step=resumed_at)
-
-    def write(self, step: int, **values: Any) -> None:
-        """Record values of a step; nested tables become `table/name` in TensorBoard."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        if self._board:
-            for name, value in values.items():
-                for tag, number in value.items() if isinstance(value, dict) else [("", value)]:
-                    self._board.add_scalar(f"{name}/{tag}".rstrip("/"), number, step)
-
-    def flush(self) -> None:
-        """Make what was written visible to readers."""
-        self._file.flush()
-        if self._board:
-            self._board.flush()
-
-    def close(self) -> None:
-        """Stop writing."""
-        self._file.close()
-        if self._board:
-            self._board.close()
+def _changes(earlier: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+    """`train.steps 300 -> 310, seed 1 -> 2`: what decides about the result and has changed."""
+    old, new = _flat(_as_read(earlier.get("job"))), _flat(_as_read(facts.get("job")))
+    changed = [
+        f"{key} {_shown(old, key)} -> {_shown(new, key)}"
+        for key in [*old, *(key for key in new if key not in old)]
+        if _shown(old, key) != _shown(new, key) and key.split(".")[0] not in ("run", "checkpoint")
+    ]
+    return ", ".join(changed) or "the source of its module has changed"
 
 
-def _reopen(path: Path, resumed_at: int) -> TextIO:
-    """Open for appending, without lines of steps after `resumed_at` and without a cut-off line."""
-    kept = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                if json.loads(line)["step"] <= resumed_at:
-                    kept.append(line + "\n")
-            except (ValueError, TypeError, KeyError):
-                continue
-        side = path.with_name(f".{path.name}.partial")
-        side.write_text("".join(kept))
-        os.replace(side, path)
-    return path.open("a")
+def _shown(values: Mapping[str, Any], key: str) -> str:
+    return json.dumps(values[key]) if key in values else "not set"
+
+
+def _flat(table: Any, place: str = "") -> dict[str, Any]:
+    """Values of nested tables by dotted key."""
+    if not isinstance(table, dict):
+        return {place.rstrip("."): table} if place else {}
+    return {k: v for key in table for k, v in _flat(table[key], f"{place}{key}.").items()}
+
+
+def _as_read(value: Any) -> Any:
+    """A value as it comes back from run.json."""
+    return json.loads(json.dumps(value, default=str))

@@ -1,13 +1,16 @@
+import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import IterableDataset, Subset, TensorDataset
 
 from hpctrain.data.batches import Batches, split_evenly, subset_sizes
-from hpctrain.errors import TrainingError
+from hpctrain.data.generators import generator_state, restore_generators, seed_generators
+from hpctrain.errors import JobError, TrainingError
 
 
 class Stream:
@@ -243,16 +246,73 @@ def test_an_iterable_that_gives_samples_only_once_is_an_error() -> None:
 
 @pytest.mark.parametrize("data", [[], torch.zeros(0, 3)], ids=["list", "tensor"])
 def test_an_empty_data_set_is_refused_at_once(data: Any) -> None:
-    with pytest.raises(TrainingError, match="empty"):
+    with pytest.raises(JobError, match="empty") as caught:
         Batches(data, batch=1)
+    assert caught.value.everywhere
+    assert caught.value.where and caught.value.fix
 
 
 @pytest.mark.parametrize("data", [Stream([]), iter([])], ids=["iterable", "iterator"])
 def test_an_iterable_without_samples_is_an_error(data: Any) -> None:
-    with pytest.raises(TrainingError, match="after 0 samples"):
+    with pytest.raises(JobError, match="empty") as caught:
         Batches(data, batch=1).read(0, 1)
+    assert not caught.value.everywhere  # ranks without a sample do not raise it
 
 
 def test_what_is_no_data_is_refused() -> None:
-    with pytest.raises(TrainingError, match="neither indexed nor iterated: got 'int'"):
+    with pytest.raises(JobError, match="neither indexed nor iterated: got 'int'"):
         Batches(5, batch=1)  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------------- random streams
+
+
+class Shuffled:
+    """Shuffles anew in each pass and adds noise, from the generators of the whole process."""
+
+    def __iter__(self) -> Iterator[float]:
+        order = list(range(10))
+        random.shuffle(order)
+        for index in order:
+            yield index + float(torch.rand(())) * 0.1 + float(np.random.rand()) * 0.1
+
+
+def train(batches: Batches, steps: Iterable[int]) -> list[float]:
+    """Reads as training does, which draws between reads: dropout, say."""
+    found = []
+    for step in steps:
+        found += samples_of(batches, [step])
+        random.random(), torch.rand(3), np.random.rand(2)
+    return found
+
+
+def test_stream_that_draws_gives_the_same_samples_when_resumed() -> None:
+    seed_generators(1)
+    whole = train(batches_of(Shuffled(), batch=4, seed=7), range(8))
+    assert len({int(sample) for sample in whole[:10]}) == 10
+    seed_generators(2)
+    resumed = batches_of(Shuffled(), batch=4, seed=7)
+    before = generator_state()
+    assert train(resumed, range(5, 6)) == whole[20:24]
+    assert train(resumed, range(6, 8)) == whole[24:]
+    restore_generators(before)
+    assert train(batches_of(Shuffled(), batch=4, seed=8), range(8)) != whole
+
+
+def test_stream_that_draws_is_cut_into_shares_without_gaps() -> None:
+    """The generators of the ranks differ, so that dropout does; the order must not."""
+    whole = samples_of(batches_of(Shuffled(), batch=4, seed=7), range(6))
+    ranks = []
+    for rank in range(2):
+        seed_generators(rank)
+        ranks.append(batches_of(Shuffled(), batch=4, seed=7, rank=rank, size=2))
+    assert [x for step in range(6) for r in ranks for x in samples_of(r, [step])] == whole
+
+
+def test_reading_a_stream_leaves_the_generators_alone() -> None:
+    draws = []
+    for data in (range(10), Shuffled()):
+        seed_generators(3)
+        samples_of(batches_of(iter(data), batch=4), range(2))
+        draws.append((random.random(), float(torch.rand(())), float(np.random.rand())))
+    assert draws[0] == draws[1]

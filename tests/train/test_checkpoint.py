@@ -19,9 +19,9 @@ import torch
 from torch import nn
 
 from hpctrain.comm.engine import Channel, engine_of
+from hpctrain.data.generators import generator_state, restore_generators, seed_generators
 from hpctrain.errors import CheckpointError
 from hpctrain.train import checkpoint
-from hpctrain.train.loop import seed_generators
 from hpctrain.world import World
 
 
@@ -103,12 +103,12 @@ def test_generators_draw_the_same_after_restore(
     seed_generators(7)
     for _ in range(warm_up):
         draw()
-    state = checkpoint.generator_state()
+    state = generator_state()
     checkpoint.save(channel, tmp_path, 1, {}, {"generators": state}, {}, keep=1)
     drawn = [draw() for _ in range(5)]
     loaded = checkpoint.load_newest(channel, tmp_path)
     assert loaded
-    checkpoint.restore_generators(loaded[0]["own"]["generators"])
+    restore_generators(loaded[0]["own"]["generators"])
     assert [draw() for _ in range(5)] == drawn
 
 

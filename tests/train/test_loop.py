@@ -17,7 +17,7 @@ from torch import nn
 from hpctrain import ExchangeConfig, World
 from hpctrain.comm.collect import all_gather
 from hpctrain.comm.engine import engine_of
-from hpctrain.errors import CheckpointError, TrainingError
+from hpctrain.errors import CheckpointError, JobError, TrainingError
 from hpctrain.train.checkpoint import CheckpointConfig
 from hpctrain.train.loop import Parts, Settings, TrainConfig, Trainer, seed_generators
 from hpctrain.train.optimizer import ScheduleConfig
@@ -71,6 +71,13 @@ def trainer(
 ) -> Trainer:
     chosen = Parts(**{"model": model or net(), "train_data": Points(), "loss": loss, **parts})
     return Trainer(world, chosen, config, parent=folder, facts={"fingerprint": "test"})
+
+
+def killed(made: Trainer) -> Trainer:
+    """What is left of a run that did not come to its end."""
+    made.opened.release()
+    made.world.comm.Barrier()
+    return made
 
 
 def losses(made: Trainer) -> list[float]:
@@ -185,6 +192,7 @@ def test_stopped_and_resumed_run_ends_with_the_same_bits(
         if first.step_number % 4 == 0:
             first.save()
     first._report()
+    killed(first)
     seed_generators(99)
     second = trainer(world, shared_folder / "parts", config, net(0.3), train_data=Noisy())
     assert second.run_folder == first.run_folder
@@ -215,12 +223,13 @@ def test_damaged_checkpoint_is_passed_over_on_all_ranks(world: World, shared_fol
         if first.step_number in (4, 8):
             first.save()
     newest, older = (first.run_folder.checkpoints / f"step-{n:09d}" for n in (8, 4))
+    killed(first)
     last = world.size - 1
     damaged = newest / f"rank-{last:05d}.pt"  # which only one rank reads
     if world.rank == 0:
         damaged.write_bytes(damaged.read_bytes()[:-1])
     world.comm.Barrier()
-    assert trainer(world, shared_folder, config).step_number == 4
+    assert killed(trainer(world, shared_folder, config)).step_number == 4
     if world.rank == 0:
         (older / "model.pt").write_bytes(b"")
     world.comm.Barrier()
@@ -244,6 +253,7 @@ def test_failed_write_is_told_on_all_ranks_and_harms_nothing(
     with pytest.raises(CheckpointError, match="No space left"):
         made.save()
     monkeypatch.undo()
+    killed(made)
     assert trainer(world, shared_folder, settings()).step_number == 1
 
 
@@ -310,9 +320,13 @@ def test_checkpoint_of_another_model_is_refused(world: World, shared_folder: Pat
     made = trainer(world, shared_folder, settings())
     made.step()
     made.save()
+    killed(made)
     other = nn.Sequential(nn.Linear(3, 1)).double()
-    with pytest.raises(TrainingError, match="another model"):
+    with pytest.raises(JobError, match="another model") as caught:
         trainer(world, shared_folder, settings(), other)
+    assert "choose another --run-dir" in str(caught.value)
+    # What was refused has let go of the folder.
+    assert killed(trainer(world, shared_folder, settings())).step_number == 1
 
 
 def test_every_rank_logs_to_its_own_file_with_rank_and_step(

@@ -1,15 +1,22 @@
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from hpctrain.comm.engine import Channel, engine_of
-from hpctrain.errors import TrainingError, UnfitError
+from hpctrain.errors import JobError, UnfitError
 from hpctrain.train.checkpoint import MANIFEST
-from hpctrain.train.run_folder import Metrics, RunFolder, open_run
+from hpctrain.train.metrics import Metrics
+from hpctrain.train.run_folder import AlreadyFinishedError, RunFolder, open_run
+from hpctrain.train.run_lock import RunLock
 from hpctrain.world import World
 
 
@@ -31,9 +38,12 @@ def earlier(
     return run
 
 
+FACTS = {"fingerprint": "same", "job": {"train": {"steps": 10}}}
+
+
 def opened(channel: Channel, parent: Path, fresh: bool = False) -> str:
     """Name of the folder that a job with fingerprint `same` gets."""
-    run = open_run(channel, parent, "same", None, fresh)
+    run = open_run(channel, parent, FACTS, None, fresh).folder
     assert run.path.is_dir() and run.path.is_absolute()
     assert run.path.parent == parent.resolve()
     return run.path.name
@@ -99,26 +109,196 @@ def test_chosen_folder_is_made(
     channel: Channel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    run = open_run(channel, Path("unused"), "same", Path("a/b"), fresh=False)
+    run = open_run(channel, Path("unused"), FACTS, Path("a/b")).folder
     assert run.path == tmp_path.resolve() / "a" / "b"
     assert run.path.is_dir() and not Path("unused").exists()
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
 @pytest.mark.parametrize("finished", [False, True])
-def test_chosen_folder_is_taken_whatever_it_holds(
+def test_chosen_run_with_steps_to_go_is_continued(
     channel: Channel, tmp_path: Path, finished: bool
 ) -> None:
-    left = earlier(tmp_path / "mine", fingerprint="other", finished=finished)
-    assert open_run(channel, tmp_path, "same", left.path, fresh=False).path == left.path.resolve()
+    left = earlier(tmp_path / "mine", finished=finished)
+    run = open_run(channel, tmp_path, FACTS, left.path, steps=6)
+    assert run.folder.path == left.path.resolve()
+    assert run.notes == ()
+
+
+@pytest.mark.parametrize("fingerprint", ["same", "other"])
+@pytest.mark.parametrize(("saved", "steps"), [(True, 5), (True, 4), (False, 9)])
+def test_chosen_run_that_is_finished_is_left_as_it_is(
+    channel: Channel, tmp_path: Path, fingerprint: str, saved: bool, steps: int
+) -> None:
+    left = earlier(tmp_path / "mine", fingerprint, finished=True, saved=saved)
+    before = contents(left.path)
+    with pytest.raises(AlreadyFinishedError, match=r"already finished.*nothing to do") as caught:
+        open_run(channel, tmp_path, FACTS, left.path, steps=steps)
+    assert caught.value.everywhere and caught.value.exit_code == 0
+    assert ("at step 5" in str(caught.value)) == saved
+    assert contents(left.path) == before
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "run.json", ".gitignore", "checkpoints"])
+@pytest.mark.parametrize("text", [b"mine", b'{"name": "of another tool"}'])
+def test_chosen_folder_with_other_files_is_refused(
+    channel: Channel, tmp_path: Path, name: str, text: bytes
+) -> None:
+    (tmp_path / name).write_bytes(text)
+    with pytest.raises(JobError, match=r"no run\.json of hpctrain") as caught:
+        open_run(channel, tmp_path, FACTS, tmp_path)
+    assert caught.value.everywhere
+    assert "choose another --run-dir" in str(caught.value)
+    assert contents(tmp_path) == {name: text}
+
+
+def test_chosen_run_killed_before_its_first_record_is_begun_again(
+    channel: Channel, tmp_path: Path
+) -> None:
+    (tmp_path / "run.lock").touch()
+    assert open_run(channel, tmp_path, FACTS, tmp_path).folder.path == tmp_path.resolve()
+
+
+def test_changed_job_of_a_chosen_run_is_told(channel: Channel, tmp_path: Path) -> None:
+    left = earlier(tmp_path / "mine", "other")
+    left.write_facts(job={"train": {"steps": 8, "clip_norm": 0.5}, "run": {"folder": "a"}})
+    job = {"train": {"steps": 10}, "data": {"part": "x"}, "run": {"folder": "b"}}
+    (note,) = open_run(channel, tmp_path, {**FACTS, "job": job}, left.path, steps=10).notes
+    assert note == (
+        f"{left.path} goes on with a changed job: train.steps 8 -> 10, "
+        'train.clip_norm 0.5 -> not set, data.part not set -> "x"'
+    )
+
+
+def test_changed_module_of_a_chosen_run_is_told(channel: Channel, tmp_path: Path) -> None:
+    left = earlier(tmp_path / "mine", "other")
+    left.write_facts(job=FACTS["job"])
+    (note,) = open_run(channel, tmp_path, FACTS, left.path).notes
+    assert "the source of its module has changed" in note
 
 
 def test_fresh_run_does_not_overwrite_a_chosen_one(channel: Channel, tmp_path: Path) -> None:
     left = earlier(tmp_path / "mine")
-    with pytest.raises(TrainingError, match="checkpoints of an earlier run") as caught:
-        open_run(channel, tmp_path, "same", left.path, fresh=True)
+    with pytest.raises(JobError, match="checkpoints of an earlier one") as caught:
+        open_run(channel, tmp_path, FACTS, left.path, fresh=True)
     assert caught.value.everywhere
+    assert caught.value.fix == "choose another --run-dir"
     without = earlier(tmp_path / "empty", saved=False)
-    assert open_run(channel, tmp_path, "same", without.path, fresh=True).path == without.path
+    assert open_run(channel, tmp_path, FACTS, without.path, fresh=True).folder.path == without.path
+
+
+# ---------------------------------------------------------------------- who is in it
+
+
+def test_second_launch_takes_the_next_folder_and_says_so(channel: Channel, tmp_path: Path) -> None:
+    earlier(tmp_path / "001")
+    first = open_run(channel, tmp_path, FACTS)
+    assert first.folder.path.name == "001"
+    second = open_run(channel, tmp_path, FACTS)
+    assert second.folder.path.name == "002"
+    assert second.notes == (
+        f"{tmp_path / '001'} is being trained by pid {os.getpid()} on {socket.gethostname()}; "
+        "this run goes to 002",
+    )
+    second.release()
+    first.release()
+    assert opened(channel, tmp_path) == "001"
+
+
+def test_run_without_a_checkpoint_does_not_hide_an_older_one(
+    channel: Channel, tmp_path: Path
+) -> None:
+    earlier(tmp_path / "001")
+    earlier(tmp_path / "002", saved=False)
+    assert opened(channel, tmp_path) == "001"
+
+
+def test_second_launch_in_a_chosen_folder_is_refused(channel: Channel, tmp_path: Path) -> None:
+    first = open_run(channel, tmp_path, FACTS, tmp_path / "mine")
+    with pytest.raises(JobError, match=f"is being trained by pid {os.getpid()} on ") as caught:
+        open_run(channel, tmp_path, FACTS, tmp_path / "mine")
+    assert caught.value.everywhere
+    first.release()
+    open_run(channel, tmp_path, FACTS, tmp_path / "mine").release()
+
+
+def test_lock_of_a_killed_launch_is_free(channel: Channel, tmp_path: Path) -> None:
+    earlier(tmp_path / "001")
+    program = (
+        "import os, pathlib, sys\n"
+        "from hpctrain.train.run_lock import RunLock\n"
+        "RunLock(pathlib.Path(sys.argv[1])).take()\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    lock = tmp_path / "001" / "run.lock"
+    subprocess.run([sys.executable, "-c", program, str(lock)], check=False)
+    assert lock.read_text().startswith("pid ")
+    assert opened(channel, tmp_path) == "001"
+
+
+def test_file_system_without_locks_is_no_obstacle(
+    channel: Channel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    for _ in range(2):
+        run = open_run(channel, tmp_path, FACTS, tmp_path / "mine")
+    run.release()
+
+
+# ---------------------------------------------------------------------- what is left behind
+
+
+def test_unfinished_run_of_another_job_is_told_with_the_difference(
+    channel: Channel, tmp_path: Path
+) -> None:
+    left = earlier(tmp_path / "001", fingerprint="other")
+    left.write_facts(job={"train": {"steps": 8}})
+    new = open_run(channel, tmp_path, FACTS)
+    assert new.folder.path.name == "002"
+    assert new.notes == (
+        f"{left.path} is unfinished at step 5 but is another job (train.steps 8 -> 10); "
+        f"to continue it: --run-dir {left.path}",
+    )
+
+
+@pytest.mark.parametrize(
+    "case", ["fresh", "later one finished", "being trained", "no checkpoint", "no run"]
+)
+def test_unfinished_runs_that_need_no_word(channel: Channel, tmp_path: Path, case: str) -> None:
+    left = earlier(tmp_path / "001", fingerprint="other", saved=case != "no checkpoint")
+    if case == "later one finished":
+        earlier(tmp_path / "002", fingerprint="third", finished=True)
+    if case == "no run":
+        (left.path / "run.json").unlink()
+    lock = RunLock(left.lock)
+    if case == "being trained":
+        lock.take()
+    assert open_run(channel, tmp_path, FACTS, None, fresh=case == "fresh").notes == ()
+    lock.release()
+
+
+def test_earlier_sessions_stay_in_run_json(channel: Channel, tmp_path: Path) -> None:
+    run = open_run(channel, tmp_path, FACTS, tmp_path / "mine").folder
+    other = {"fingerprint": "other", "job": {"train": {"steps": 20}}}
+    for facts in (
+        {**FACTS, "ranks": 2, "resumed_at": 0},
+        {**FACTS, "ranks": 3, "resumed_at": 4},
+        {**other, "ranks": 3, "resumed_at": 10},
+    ):
+        run.begin_session(facts)
+    said = run.facts()
+    assert (said["job"], said["finished"], said["resumed_at"]) == (other["job"], False, 10)
+    assert said["history"] == [
+        {"fingerprint": "same", "ranks": 2, "resumed_at": 0},
+        {"fingerprint": "same", "ranks": 3, "resumed_at": 4, "job": FACTS["job"]},
+    ]
 
 
 @pytest.mark.parametrize("chosen", [False, True])
@@ -126,7 +306,7 @@ def test_place_that_is_no_folder_is_told(channel: Channel, tmp_path: Path, chose
     (tmp_path / "file").touch()
     place = tmp_path / "file"
     with pytest.raises(UnfitError, match="cannot be made") as caught:
-        open_run(channel, place, "same", place if chosen else None, fresh=False)
+        open_run(channel, place, FACTS, place if chosen else None)
     assert caught.value.everywhere and str(place) in str(caught.value)
 
 
@@ -134,7 +314,7 @@ def test_place_that_is_no_folder_is_told(channel: Channel, tmp_path: Path, chose
 def test_unwritable_parent_is_told(channel: Channel, tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(UnfitError, match="Permission denied"):
-        open_run(channel, tmp_path, "same", None, fresh=False)
+        open_run(channel, tmp_path, FACTS)
 
 
 def test_facts_are_added_to(tmp_path: Path) -> None:
@@ -167,6 +347,15 @@ def test_metrics_are_visible_after_flush(tmp_path: Path) -> None:
     expected = {"step": 1, "loss": 0.5, "validation": {"accuracy": 0.9}}
     assert json.loads(run.metrics.read_text()) == expected
     metrics.close()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_null(tmp_path: Path, value: float) -> None:
+    run = RunFolder(tmp_path)
+    metrics = Metrics(run, tensorboard=False, resumed_at=0)
+    metrics.write(1, loss=value, validation={"loss": value})
+    metrics.close()
+    assert run.metrics.read_text() == '{"step": 1, "loss": null, "validation": {"loss": null}}\n'
 
 
 @pytest.mark.parametrize("torn", ["", '{"step": 2, "lo', "\0\0\0\0", "garbage\n", "{}\n"])

@@ -1,0 +1,71 @@
+"""What the user is told when a run is interrupted, and how its ranks end."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from hpctrain.world import World
+
+_PATIENCE_S = 1.0
+_log = logging.getLogger("hpctrain")
+
+
+class _TerminatedError(KeyboardInterrupt):
+    """SIGTERM has come, which is what Open MPI's mpirun makes of Ctrl-C."""
+
+
+@contextmanager
+def told_when_interrupted(world: World, text: Callable[[], str]) -> Iterator[None]:
+    """End all ranks on Ctrl-C or SIGTERM, after one line that says what to do next.
+
+    Args:
+        world: the ranks.
+        text: makes the line.
+    """
+    process = os.getpid()
+
+    def terminate(number: int, frame: Any) -> None:
+        if os.getpid() != process:  # a child that inherited this handler
+            os._exit(128 + number)
+        raise _TerminatedError
+
+    ours = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    )
+    if ours:
+        signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        _end(
+            world,
+            text,
+            signal.SIGTERM if isinstance(interrupt, _TerminatedError) else signal.SIGINT,
+        )
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _end(world: World, text: Callable[[], str], number: int) -> None:
+    if not world.is_root:
+        time.sleep(_PATIENCE_S)  # the root, which was interrupted as well, speaks and ends all
+    line = f"\nhpctrain: {text()}\n"
+    _log.warning(line.strip(), extra={"shown": True})
+    os.write(2, line.encode())
+    if number == signal.SIGTERM:
+        # Open MPI's mpirun forwards nothing more of its ranks once it was interrupted.
+        with suppress(OSError), open("/dev/tty", "w") as terminal:
+            terminal.write(line)
+    if world.size > 1:
+        world.abort(128 + number)
+    sys.exit(128 + number)
