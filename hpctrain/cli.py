@@ -56,6 +56,12 @@ def _parser() -> argparse.ArgumentParser:
         help="use this run folder, and continue the run in it if there is one",
     )
     run.add_argument("--fresh", action="store_true", help="do not continue an unfinished run")
+    run.add_argument(
+        "--live",
+        action=argparse.BooleanOptionalAction,
+        help="show progress as a bar or as lines, whatever the output is; "
+        "by default a bar on a terminal",
+    )
     run.set_defaults(command=_run)
 
     doctor = commands.add_parser("doctor", help="check launcher, MPI, cores and links of all ranks")
@@ -76,6 +82,8 @@ def _run(chosen: argparse.Namespace) -> int:
     loaded = _load_together(chosen.job, chosen.overrides)
     world = join()
     trainer = loaded.trainer(world, chosen.run_dir, chosen.fresh)
+    if chosen.live is not None:
+        trainer.console.live = chosen.live
     trainer.run()
     if world.is_root:
         if trainer.parts.sample:

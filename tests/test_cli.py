@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,6 +76,30 @@ def test_digits_reach_their_accuracy_and_leave_a_whole_run_folder(launch: Launch
     again = launch(0, *HPCTRAIN, "report", run)
     assert again.status == 0, again.err
     assert (run / "report.html").is_file()
+
+
+@pytest.mark.parametrize("option", ["", "--no-live"])
+def test_terminal_of_the_launcher_gets_a_bar_and_a_pipe_gets_lines(
+    launch: Launch, option: str
+) -> None:
+    """All streams of the ranks are pipes or terminals of their own: they cannot tell."""
+    ours, theirs = os.openpty()
+    launcher = Path(sys.executable).with_name("mpiexec")
+    command = [str(launcher), "-n", "2", sys.executable, *HPCTRAIN, "run", JOBS / "digits.toml"]
+    command += ["--set", "train.steps=5", "--set", "run.report=false", *option.split()]
+    process = subprocess.Popen(
+        command, cwd=launch.folder, env=launch.environment, stdin=subprocess.DEVNULL, stderr=theirs
+    )
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # how a terminal ends when its last writer is gone
+        while piece := os.read(ours, 1 << 16):
+            shown += piece
+    os.close(ours)
+    assert process.wait(60) == 0
+    assert (b"\r\x1b[K[######" in shown) == (not option), shown
+    piped = launch(2, *command[4:], "--fresh")
+    assert "\r" not in piped.out + piped.err and "step 5/5" in piped.err
 
 
 def test_curve_is_the_same_on_any_number_of_ranks(launch: Launch) -> None:
