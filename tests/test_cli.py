@@ -172,7 +172,7 @@ def test_all_mistakes_of_a_job_are_told_at_once_and_once(launch: Launch, ranks: 
     )  # fmt: skip
     assert ended.status == 2
     for mistake in (
-        "has 4 mistakes",
+        "the command line has 4 mistakes",
         "train.stepz: unknown key; did you mean 'steps'?",
         "train.batch: got 0; allowed: at least 1",
         "exchange.progres: unknown key; did you mean 'progress'?",
@@ -198,8 +198,24 @@ def test_job_module_that_fails_on_one_rank_ends_all_with_its_name(launch: Launch
     ended = launch(2, *HPCTRAIN, "run", "odd.toml")
     assert ended.status == 2
     assert "rank 1" in ended.err
-    assert re.search(r"OSError: no such weights at .*odd\.py:3 in model", ended.err)
+    assert re.search(r"OSError: no such weights\n  where: .*odd\.py:3 in model", ended.err)
     assert ended.err.count("no such weights") == 1
+
+
+def test_model_that_differs_between_ranks_is_the_jobs_mistake(launch: Launch) -> None:
+    (launch.folder / "odd.py").write_text(
+        "import hpctrain, torch\n"
+        "def model(): return torch.nn.Linear(1, 1 + hpctrain.join().rank)\n"
+        "def train_data(): return [torch.ones(1)]\n"
+        "def loss(model, batch): return model(batch).mean()\n"
+    )
+    (launch.folder / "odd.toml").write_text(
+        'module = "odd.py"\ntrain = { steps = 1, batch = 2 }\noptimizer = { name = "sgd" }\n'
+    )
+    ended = launch(2, *HPCTRAIN, "run", "odd.toml", limit_s=60)
+    assert ended.status == 2
+    assert "odd.py: the model is not the same on all ranks" in ended.err
+    assert "Traceback" not in ended.err
 
 
 def test_loss_that_fails_in_training_ends_all_with_its_traceback(launch: Launch) -> None:
