@@ -254,6 +254,6 @@ def test_doctor(launch: Launch, ranks: int) -> None:
 
 def test_report_of_no_run_is_refused(launch: Launch) -> None:
     ended = launch(0, *HPCTRAIN, "report", "nowhere")
-    assert ended.status == 1
-    assert "there is no run here" in ended.err
+    assert ended.status == 2
+    assert "there is no such folder" in ended.err
     assert "Traceback" not in ended.err
