@@ -119,9 +119,15 @@ def _load_together(path: Path, overrides: Sequence[str]) -> LoadedJob:
 
 def _doctor(chosen: argparse.Namespace) -> int:
     from hpctrain import doctor
-    from hpctrain.world import join
+    from hpctrain.world import join, launched_rank
 
-    return doctor.run(join(), as_json=chosen.json)
+    try:
+        world = join()
+    except UnfitError as error:
+        if chosen.json and launched_rank(os.environ) == 0:
+            print(doctor.refused(error), flush=True)
+        raise
+    return doctor.run(world, as_json=chosen.json)
 
 
 def _report(chosen: argparse.Namespace) -> int:

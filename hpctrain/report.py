@@ -166,14 +166,19 @@ def exposed_share(spans: Iterable[Span]) -> dict[int, float]:
     return {rank: waited.get(rank, 0.0) / total for rank, total in stepped.items() if total > 0}
 
 
-def shown_steps(spans: Sequence[Span]) -> list[Span]:
-    """The spans of the last few steps that were traced on every rank."""
+def whole_steps(spans: Sequence[Span]) -> list[int]:
+    """The steps that were traced on every rank."""
     steps: dict[int, set[int]] = {}
     for span in spans:
         if span["name"] == "optimizer" and "step" in span:
             steps.setdefault(span["step"], set()).add(span["rank"])
     ranks = {span["rank"] for span in spans}
-    whole = sorted(step for step, seen in steps.items() if seen == ranks)[-SHOWN_STEPS:]
+    return sorted(step for step, seen in steps.items() if seen == ranks)
+
+
+def shown_steps(spans: Sequence[Span]) -> list[Span]:
+    """The spans of the last few steps that were traced on every rank."""
+    whole = whole_steps(spans)[-SHOWN_STEPS:]
     inside = [s for s in spans if s.get("step") in whole and s["name"] in COLORS]
     if not inside:
         return []
@@ -299,7 +304,7 @@ def _page(
     parts += [_summary(facts, metrics), _image(curves, "loss and throughput")]
     steps = shown_steps(spans)
     if steps:
-        parts += ["<h2>Timeline</h2>", _caption(facts, steps, spans), _shares(spans)]
+        parts += ["<h2>Timeline</h2>", _caption(whole_steps(spans)), _shares(spans)]
         parts.append(_image(timeline_figure(steps), "timeline"))
     else:
         parts.append("<p>No step was traced on all ranks: no timeline.</p>")
@@ -353,11 +358,10 @@ def _plain(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and value >= 10_000 else str(value)
 
 
-def _caption(facts: Mapping[str, Any], shown: Sequence[Span], spans: Sequence[Span]) -> str:
-    drawn = sorted({s["step"] for s in shown if "step" in s})
-    traced = sorted({s["step"] for s in spans if s["name"] == "optimizer" and "step" in s})
+def _caption(traced: Sequence[int]) -> str:
+    first = traced[-SHOWN_STEPS:][0]
     return (
-        f"<p>Steps {drawn[0]} to {drawn[-1]}, all ranks on one clock: what a rank computes and, "
+        f"<p>Steps {first} to {traced[-1]}, all ranks on one clock: what a rank computes and, "
         f"below it, the blocks that it has on the wire. These are the last of the steps "
         f"{traced[0]} to {traced[-1]}; the first <code>run.trace_steps</code> steps of each "
         "session are traced. <code>timeline.json</code> has them all, for Perfetto.</p>"
