@@ -25,6 +25,7 @@ test: test-openmpi test-mpich lint
 
 # Stamps keep a second call from touching the network.
 $(VENV)/.train: setup.cfg pyproject.toml constraints.txt
+	@echo "installing into $(VENV) (torch is about 200 MB), a few minutes the first time"
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python $(PIP) --editable '.[mpi,report,jobs]'
 	touch $@
@@ -34,6 +35,7 @@ $(VENV)/.test: $(VENV)/.train
 	touch $@
 
 $(VENV_MPICH)/.test: setup.cfg pyproject.toml constraints.txt
+	@echo "installing into $(VENV_MPICH), a few minutes the first time"
 	$(PYTHON) -m venv $(VENV_MPICH)
 	$(VENV_MPICH)/bin/python $(PIP) --editable '.[mpich,report,jobs,test]'
 	touch $@

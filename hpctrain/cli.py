@@ -1,4 +1,4 @@
-"""The command line: `hpctrain run | doctor | report`."""
+"""The command line: `hpctrain run | keys | doctor | report`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,24 @@ from hpctrain.errors import ExitCode, HpctrainError, JobError, UnfitError
 
 if TYPE_CHECKING:
     from hpctrain.job import LoadedJob
+
+
+STATUSES = """exit status:
+  0    done
+  1    crashed, or ended by Ctrl-C under mpirun
+  2    the job or the command line is wrong
+  3    the environment is unfit
+  130  ended by Ctrl-C (alone)
+  137  a rank was killed, for example by the kernel when memory ran out
+  143  a rank was ended by SIGTERM
+  MPICH's mpiexec may give its own number when it is itself ended by a signal."""
+RUN_EXAMPLES = """examples:
+  hpctrain run jobs/digits.toml
+  mpirun -n 4 hpctrain run jobs/digits.toml --set train.steps=20 --set model.width=32
+
+`hpctrain keys` lists every key of a job file; docs/job-file.md explains them.
+An unfinished run of the same job is continued; --fresh starts a new one.
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,12 +52,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="hpctrain", description="Train PyTorch models over plain MPI."
+        prog="hpctrain",
+        description="Train PyTorch models over plain MPI.",
+        epilog=f"{RUN_EXAMPLES}\n{STATUSES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"hpctrain {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    run = commands.add_parser("run", help="train what a job file describes, under mpirun or alone")
+    run = commands.add_parser(
+        "run",
+        help="train what a job file describes, under mpirun or alone",
+        epilog=f"{RUN_EXAMPLES}\n{STATUSES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     run.add_argument("job", type=Path, help="the job file, TOML")
     run.add_argument(
         "--set",
@@ -56,7 +82,17 @@ def _parser() -> argparse.ArgumentParser:
         help="use this run folder, and continue the run in it if there is one",
     )
     run.add_argument("--fresh", action="store_true", help="do not continue an unfinished run")
+    run.add_argument(
+        "--live",
+        action=argparse.BooleanOptionalAction,
+        help="show progress as a bar or as lines, whatever the output is; "
+        "by default a bar on a terminal",
+    )
     run.set_defaults(command=_run)
+
+    keys = commands.add_parser("keys", help="list every key of a job file")
+    keys.add_argument("--markdown", action="store_true", help="as the table of docs/job-file.md")
+    keys.set_defaults(command=_keys)
 
     doctor = commands.add_parser("doctor", help="check launcher, MPI, cores and links of all ranks")
     doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
@@ -76,6 +112,8 @@ def _run(chosen: argparse.Namespace) -> int:
     loaded = _load_together(chosen.job, chosen.overrides)
     world = join()
     trainer = loaded.trainer(world, chosen.run_dir, chosen.fresh)
+    if chosen.live is not None:
+        trainer.console.live = chosen.live
     trainer.run()
     if world.is_root and loaded.job.run.report:
         trainer.console.say(report.write(trainer.run_folder.path))
@@ -107,11 +145,26 @@ def _load_together(path: Path, overrides: Sequence[str]) -> LoadedJob:
     return loaded
 
 
+def _keys(chosen: argparse.Namespace) -> int:
+    from hpctrain import keys
+    from hpctrain.job import Job
+
+    show = keys.as_markdown if chosen.markdown else keys.as_text
+    print(show(keys.keys_of(Job)))
+    return ExitCode.DONE
+
+
 def _doctor(chosen: argparse.Namespace) -> int:
     from hpctrain import doctor
-    from hpctrain.world import join
+    from hpctrain.world import join, launched_rank
 
-    return doctor.run(join(), as_json=chosen.json)
+    try:
+        world = join()
+    except UnfitError as error:
+        if chosen.json and launched_rank(os.environ) == 0:
+            print(doctor.refused(error), flush=True)
+        raise
+    return doctor.run(world, as_json=chosen.json)
 
 
 def _report(chosen: argparse.Namespace) -> int:

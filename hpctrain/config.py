@@ -168,7 +168,7 @@ def _broken_rule(value: Any, rules: Mapping[str, Any]) -> str:
     if "choices" in rules and value not in rules["choices"]:
         close = difflib.get_close_matches(str(value), rules["choices"], n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
-        return ", ".join(rules["choices"]) + hint
+        return rules_text(rules) + hint
     broken = (
         ("minimum" in rules and value < rules["minimum"])
         or ("above" in rules and value <= rules["above"])
@@ -176,5 +176,12 @@ def _broken_rule(value: Any, rules: Mapping[str, Any]) -> str:
     )
     if not broken:
         return ""
+    return rules_text(rules)
+
+
+def rules_text(rules: Mapping[str, Any]) -> str:
+    """What the rules of a field allow, in words; empty without rules."""
+    if "choices" in rules:
+        return ", ".join(rules["choices"])
     words = {"minimum": "at least {}", "above": "more than {}", "maximum": "at most {}"}
     return " and ".join(words[rule].format(rules[rule]) for rule in words if rule in rules)

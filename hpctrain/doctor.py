@@ -24,7 +24,7 @@ from hpctrain import __version__
 from hpctrain.comm.collect import all_gather
 from hpctrain.comm.engine import Engine, engine_of
 from hpctrain.comm.measure import Link, measure_all_reduce, measure_links, progress_trial
-from hpctrain.errors import ExitCode
+from hpctrain.errors import ExitCode, UnfitError
 from hpctrain.world import Seat, World, launched_size
 
 OK, WARNING, UNFIT = "ok", "warning", "unfit"
@@ -67,6 +67,21 @@ def run(world: World, as_json: bool) -> int:
     if world.is_root:
         print(_as_json(world, findings, fit) if as_json else _as_text(findings, fit), flush=True)
     return ExitCode.DONE if fit else ExitCode.UNFIT
+
+
+def refused(error: UnfitError) -> str:
+    """The JSON report of ranks that could not even join."""
+    text = f"{error.what}: {error.value}" if error.value is not None else error.what
+    _, ranks = launched_size(os.environ)
+    report = {
+        "fit": False,
+        "ranks": ranks,
+        "nodes": [],
+        "seats": [],
+        "mpi": None,
+        "findings": [asdict(Finding("launcher", UNFIT, text, error.fix or ""))],
+    }
+    return json.dumps(report, indent=1)
 
 
 def _facts() -> dict[str, str]:

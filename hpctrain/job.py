@@ -14,6 +14,8 @@ are tables of the job file.
 from __future__ import annotations
 
 import dataclasses
+import datetime
+import difflib
 import hashlib
 import importlib.util
 import inspect
@@ -28,8 +30,9 @@ from typing import Any
 
 from torch import nn
 
+from hpctrain import job_file
 from hpctrain.config import nearest, option, read
-from hpctrain.errors import JobError
+from hpctrain.errors import ExchangeError, JobError, MismatchError
 from hpctrain.grad.overlap import ExchangeConfig
 from hpctrain.train.checkpoint import CheckpointConfig
 from hpctrain.train.loop import Parts, Settings, TrainConfig, Trainer, seed_generators
@@ -37,13 +40,10 @@ from hpctrain.train.optimizer import ScheduleConfig, check_optimizer
 from hpctrain.train.run_folder import RunConfig
 from hpctrain.world import World
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 _REQUIRED = ("model", "train_data", "loss")
 _OPTIONAL = ("validation_data", "metrics", "collate", "sample")
+MOST_SAMPLES = 1 << 24
+"""Of a step. A larger batch is a slip: reading it would take hours and look like a hang."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class Job:
     module: str
     """The job module, a Python file, relative to the job file."""
     train: TrainConfig
-    seed: int = option(0, minimum=0)
+    seed: int = option(0, minimum=0, maximum=(1 << 63) - 1)
     """Of initial parameters, order of samples and all random generators."""
     model: dict[str, Any] = option({})
     """Arguments of the module's `model`."""
@@ -81,6 +81,7 @@ class LoadedJob:
     path: Path
     job: Job
     module: ModuleType
+    file: job_file.JobFile
 
     @property
     def fingerprint(self) -> str:
@@ -92,30 +93,54 @@ class LoadedJob:
         return hashlib.sha256(text + source).hexdigest()[:16]
 
     def parts(self) -> Parts:
-        """Make the model and the data. Call on every rank with the same seed set."""
+        """Make the model and the data. Call on every rank with the same seed set.
+
+        Raises:
+            JobError: a function of the module fails; names the user's line and what it was given.
+        """
         module, job = self.module, self.job
         seed_generators(job.seed)
-        model = module.model(**job.model)
+        model = self._call("model", "model", job.model)
         if not isinstance(model, nn.Module):
             raise JobError(
                 f"{self.job.module}: model() returned no torch module", value=type(model).__name__
             )
-        validation = getattr(module, "validation_data", None)
+        data = {
+            name: self._call(name, "data", _accepted(getattr(module, name), job.data))
+            for name in ("train_data", "validation_data")
+            if getattr(module, name, None)
+        }
         return Parts(
             model=model,
-            train_data=module.train_data(**_accepted(module.train_data, job.data)),
+            train_data=data["train_data"],
             loss=module.loss,
-            validation_data=validation(**_accepted(validation, job.data)) if validation else None,
+            validation_data=data.get("validation_data"),
             metrics=getattr(module, "metrics", None),
             collate=getattr(module, "collate", None),
             sample=getattr(module, "sample", None),
         )
 
+    def _call(self, name: str, table: str, arguments: Mapping[str, Any]) -> Any:
+        try:
+            return getattr(self.module, name)(**arguments)
+        except Exception as error:
+            given = ", ".join(f"{key} = {value!r}" for key, value in arguments.items())
+            origins = {o for key in arguments if (o := self.file.origin(f"{table}.{key}"))}
+            source = f" ({', '.join(sorted(origins))})" if origins else ""
+            raise JobError(
+                f"{self.job.module}: {name}() failed: {type(error).__name__}: {error}",
+                where=_own_place(error, self.path.parent),
+                fix=f"check what [{table}] of {self.path.name} gives it: {given}{source}"
+                if given
+                else None,
+            ) from error
+
     def trainer(self, world: World, chosen: Path | None = None, fresh: bool = False) -> Trainer:
         """A trainer for this job. Collective.
 
         Raises:
-            JobError: on all ranks, when the module fails on some rank; names rank and place.
+            JobError: on all ranks, when the module fails on some rank, or its model cannot be
+                trained or is not the same on all; names rank and place.
         """
         parts: Parts | None = None
         failure: str | None = None
@@ -130,19 +155,36 @@ class LoadedJob:
             if text:
                 raise JobError(f"{world.name_of(rank)}: {text}", everywhere=True)
         assert parts is not None
-        return Trainer(
-            world,
-            parts,
-            self.job.settings,
-            parent=Path(self.job.run.folder) / self.name,
-            facts={
-                "name": self.name,
-                "fingerprint": self.fingerprint,
-                "job": dataclasses.asdict(self.job),
-            },
-            chosen=chosen,
-            fresh=fresh,
-        )
+        try:
+            return Trainer(
+                world,
+                parts,
+                self.job.settings,
+                parent=Path(self.job.run.folder) / self.name,
+                facts=self._facts(parts),
+                chosen=chosen,
+                fresh=fresh,
+            )
+        except (MismatchError, ExchangeError) as error:  # of the model: the job is to be mended
+            raise JobError(
+                f"{self.job.module}: {error.what}",
+                value=error.value,
+                allowed=error.allowed,
+                where=error.where,
+                fix=error.fix,
+                everywhere=error.everywhere,
+            ) from error
+
+    def _facts(self, parts: Parts) -> dict[str, Any]:
+        """What run.json says about the job, as plain JSON values; TOML's dates become text."""
+        values = json.dumps(dataclasses.asdict(self.job), default=str)
+        return {
+            "name": self.name,
+            "fingerprint": self.fingerprint,
+            "job": json.loads(values),
+            "parameters": sum(p.numel() for p in parts.model.parameters()),
+            "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        }
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> LoadedJob:
@@ -155,11 +197,10 @@ def load(path: Path, overrides: Sequence[str] = ()) -> LoadedJob:
     Raises:
         JobError: listing every mistake with its place.
     """
-    mistakes: list[str] = []
-    table = _read_table(path)
-    for text in overrides:
-        _override(table, text, mistakes)
+    file = job_file.read(path, overrides)
+    table, mistakes = file.table, list(file.mistakes)
     job = read(Job, table, "", mistakes)
+    _check_sizes(table.get("train"), mistakes)
     optimizer = table.get("optimizer", {})
     if isinstance(optimizer, Mapping):
         check_optimizer(optimizer, "optimizer", mistakes)
@@ -169,39 +210,15 @@ def load(path: Path, overrides: Sequence[str] = ()) -> LoadedJob:
     if job:
         _check_together(job, mistakes)
     if mistakes or job is None or module is None:
-        count = f"{len(mistakes)} mistakes" if len(mistakes) > 1 else "a mistake"
-        raise JobError(f"{path} has {count}:\n  " + "\n  ".join(mistakes), everywhere=True)
-    return LoadedJob(path.stem, path, job, module)
+        raise file.mistake(mistakes)
+    return LoadedJob(path.stem, path, job, module, file)
 
 
-def _read_table(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        what = f"the job file cannot be read: {error.strerror}"
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        what = f"the job file is not TOML: {error}"
-    raise JobError(what, where=str(path), everywhere=True)
-
-
-def _override(table: dict[str, Any], text: str, mistakes: list[str]) -> None:
-    """Put one `table.key=value` into the table."""
-    place, equals, written = text.partition("=")
-    keys = place.strip().split(".")
-    if not equals or not all(keys):
-        mistakes.append(f"--set {text}: expected table.key=value")
-        return
-    try:
-        value = tomllib.loads(f"value = {written}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = written.strip()
-    for key in keys[:-1]:
-        inner = table.setdefault(key, {})
-        if not isinstance(inner, dict):
-            mistakes.append(f"--set {text}: {key} is a value and not a table")
-            return
-        table = inner
-    table[keys[-1]] = value
+def _check_sizes(train: object, mistakes: list[str]) -> None:
+    """A batch that no rank could read."""
+    batch = train.get("batch") if isinstance(train, Mapping) else None
+    if isinstance(batch, int) and batch > MOST_SAMPLES:
+        mistakes.append(f"train.batch: got {batch}; allowed: at most {MOST_SAMPLES} samples a step")
 
 
 def _load_module(folder: Path, name: object, mistakes: list[str]) -> ModuleType | None:
@@ -228,10 +245,19 @@ def _load_module(folder: Path, name: object, mistakes: list[str]) -> ModuleType 
 
 def _check_module(module: ModuleType, table: Mapping[str, Any], mistakes: list[str]) -> None:
     """Functions that are missing, and arguments that they do not take."""
+    public = [
+        n
+        for n, v in vars(module).items()
+        if n[0] != "_" and callable(v) and getattr(v, "__module__", None) == module.__name__
+    ]
     for name in _REQUIRED:
         if not callable(getattr(module, name, None)):
-            public = [n for n, v in vars(module).items() if callable(v) and n[0] != "_"]
-            mistakes.append(f"module: {module.__file__} defines no {name}(){nearest(name, public)}")
+            close = difflib.get_close_matches(name, set(public) - {*_REQUIRED, *_OPTIONAL}, n=1)
+            hint = f" (is {close[0]}() meant?)" if close else ""
+            mistakes.append(
+                f"module: {module.__file__} defines no {name}(){hint}; "
+                f"needed: {', '.join(_REQUIRED)}; found: {', '.join(public) or 'none'}"
+            )
     for name in _OPTIONAL:
         if hasattr(module, name) and not callable(getattr(module, name)):
             mistakes.append(f"module: {name} in {module.__file__} is not a function")
@@ -295,3 +321,14 @@ def _last_place(error: BaseException) -> str:
         return f"SyntaxError: {error.msg} at {error.filename}:{error.lineno}"
     place = f" at {frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}" if frames else ""
     return f"{type(error).__name__}: {error}{place}"
+
+
+def _own_place(error: BaseException, folder: Path) -> str | None:
+    """`jobs/x.py:12 in model`: the innermost line of the user's own code, not of a library's."""
+    own, ours = folder.resolve(), Path(__file__).parent
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        path = Path(frame.filename).resolve()
+        is_library = "site-packages" in path.parts or path.is_relative_to(ours)
+        if path.is_relative_to(own) and not is_library:
+            return f"{frame.filename}:{frame.lineno} in {frame.name}"
+    return None

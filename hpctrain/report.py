@@ -11,12 +11,23 @@ import html
 import io
 import json
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpctrain import trace
 from hpctrain.errors import HpctrainError, UnfitError
+from hpctrain.records import (
+    RATES,
+    Damaged,
+    Span,
+    read_facts,
+    read_metrics,
+    read_spans,
+    warning_of,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,8 +47,6 @@ WIRE_COLORS = ("#ccbb44", "#aa9922")
 STEP_PHASES = ("data", "forward", "backward", "optimizer")
 SHOWN_STEPS = 3
 
-Span = dict[str, Any]
-
 
 def write(run: Path, required: bool = False) -> str:
     """Write the report of a run folder; returns a line that says where it is.
@@ -47,12 +56,28 @@ def write(run: Path, required: bool = False) -> str:
         required: fail, rather than say so, when matplotlib is missing.
 
     Raises:
-        HpctrainError: the folder holds no run.
+        JobError: the folder holds no run.
+        HpctrainError: the report cannot be written.
         UnfitError: matplotlib is missing and `required`.
     """
-    metrics = read_metrics(run / "metrics.jsonl")
-    spans = read_spans(run)
-    (run / "timeline.json").write_text(json.dumps(chrome_trace(spans)))
+    damaged: Damaged = {}
+    metrics = read_metrics(run / "metrics.jsonl", damaged)
+    spans = read_spans(run, damaged)
+    warning = warning_of(damaged)
+    try:
+        (run / "timeline.json").write_text(json.dumps(chrome_trace(spans)))
+        return warning + _draw(run, metrics, spans, warning, required)
+    except OSError as error:
+        raise HpctrainError(
+            f"the report cannot be written: {error}",
+            fix="free space, or copy the run folder to a place that can be written",
+            everywhere=True,
+        ) from error
+
+
+def _draw(
+    run: Path, metrics: list[dict[str, Any]], spans: list[Span], warning: str, required: bool
+) -> str:
     try:
         import matplotlib
     except ImportError as error:
@@ -64,65 +89,8 @@ def write(run: Path, required: bool = False) -> str:
             ) from error
         return f"{run}: no report.html, which needs pip install 'hpctrain[report]'"
     matplotlib.use("Agg")
-    (run / "report.html").write_text(_page(run, metrics, spans))
+    (run / "report.html").write_text(_page(run, metrics, spans, warning))
     return f"report: {run / 'report.html'}"
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl that are whole.
-
-    Raises:
-        HpctrainError: there is no such file.
-    """
-    if not path.is_file():
-        raise HpctrainError(
-            "there is no run here",
-            where=str(path.parent),
-            fix="name a run folder, for example runs/stdlib_lm/001",
-            everywhere=True,
-        )
-    entries = []
-    for line in path.read_text().splitlines():
-        try:
-            entries.append(json.loads(line, object_hook=_with_nan))
-        except json.JSONDecodeError:
-            continue  # the last line of a run that was killed
-    return entries
-
-
-def _with_nan(table: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN: figures that were not finite are recorded as null."""
-    return {key: float("nan") if value is None else value for key, value in table.items()}
-
-
-def read_facts(run: Path) -> dict[str, Any]:
-    """What run.json says; empty when it is missing or damaged."""
-    try:
-        facts = json.loads((run / "run.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return facts if isinstance(facts, dict) else {}
-
-
-def read_spans(run: Path) -> list[Span]:
-    """The spans of all ranks' last session, on rank 0's clock, ordered by start."""
-    ranks = read_facts(run).get("ranks", 1 << 30)  # an earlier session may have had more
-    spans = [
-        span
-        for path in sorted((run / "trace").glob("rank-*.jsonl"))
-        for span in _last_session(trace.read(path))
-        if span["rank"] < ranks
-    ]
-    return sorted(spans, key=lambda span: float(span["start_s"]))
-
-
-def _last_session(spans: Iterable[Span]) -> list[Span]:
-    kept: list[Span] = []
-    for span in spans:
-        if kept and span["session"] != kept[-1]["session"]:
-            kept = []
-        kept.append(span)
-    return kept
 
 
 def chrome_trace(spans: Sequence[Span]) -> dict[str, Any]:
@@ -198,14 +166,19 @@ def exposed_share(spans: Iterable[Span]) -> dict[int, float]:
     return {rank: waited.get(rank, 0.0) / total for rank, total in stepped.items() if total > 0}
 
 
-def shown_steps(spans: Sequence[Span]) -> list[Span]:
-    """The spans of the last few steps that were traced on every rank."""
+def whole_steps(spans: Sequence[Span]) -> list[int]:
+    """The steps that were traced on every rank."""
     steps: dict[int, set[int]] = {}
     for span in spans:
-        if span["name"] == "optimizer":
+        if span["name"] == "optimizer" and "step" in span:
             steps.setdefault(span["step"], set()).add(span["rank"])
     ranks = {span["rank"] for span in spans}
-    whole = sorted(step for step, seen in steps.items() if seen == ranks)[-SHOWN_STEPS:]
+    return sorted(step for step, seen in steps.items() if seen == ranks)
+
+
+def shown_steps(spans: Sequence[Span]) -> list[Span]:
+    """The spans of the last few steps that were traced on every rank."""
+    whole = whole_steps(spans)[-SHOWN_STEPS:]
     inside = [s for s in spans if s.get("step") in whole and s["name"] in COLORS]
     if not inside:
         return []
@@ -218,8 +191,12 @@ def draw_loss(axes: Axes, metrics: Sequence[Mapping[str, Any]]) -> None:
     """Training loss by step, smoothed over it, and validation loss."""
     steps = [m["step"] for m in metrics if "loss" in m]
     losses = [m["loss"] for m in metrics if "loss" in m]
-    axes.plot(steps, losses, color="#4477aa", alpha=0.25, linewidth=0.8)
-    axes.plot(steps, smooth(losses), color="#4477aa", label="training")
+    window = smoothed_over(losses)
+    label = "training, each step" if window > 1 else "training"
+    axes.plot(steps, losses, color="#4477aa", alpha=0.3 if window > 1 else 1, lw=0.8, label=label)
+    if window > 1:
+        mean = f"training, mean of the last {window} steps"
+        axes.plot(steps, smooth(losses), color="#4477aa", label=mean)
     checks = [m for m in metrics if "loss" in m.get("validation", {})]
     if checks:
         axes.plot(
@@ -233,9 +210,14 @@ def draw_loss(axes: Axes, metrics: Sequence[Mapping[str, Any]]) -> None:
     axes.legend(frameon=False)
 
 
+def smoothed_over(values: Sequence[float], part: float = 0.02) -> int:
+    """Number of steps in a running mean over `part` of a run."""
+    return max(1, int(len(values) * part))
+
+
 def smooth(values: Sequence[float], part: float = 0.02) -> list[float]:
     """Running mean over the last `part` of the run at each point."""
-    window = max(1, int(len(values) * part))
+    window = smoothed_over(values, part)
     return [
         statistics.fmean(values[max(0, end - window) : end]) for end in range(1, len(values) + 1)
     ]
@@ -243,7 +225,7 @@ def smooth(values: Sequence[float], part: float = 0.02) -> list[float]:
 
 def draw_throughput(axes: Axes, metrics: Sequence[Mapping[str, Any]]) -> None:
     """Samples a second by step, and the share of the step that waited for the wire."""
-    rows = [m for m in metrics if "samples_per_s" in m]
+    rows = [m for m in metrics if all(key in m for key in RATES) and m["step_s"] > 0]
     steps = [m["step"] for m in rows]
     axes.plot(steps, smooth([m["samples_per_s"] for m in rows]), color="#228833")
     axes.set(xlabel="step", ylabel="samples/s")
@@ -307,44 +289,101 @@ def timeline_figure(spans: Sequence[Span]) -> Figure:
     return figure
 
 
-def _page(run: Path, metrics: Sequence[Mapping[str, Any]], spans: Sequence[Span]) -> str:
+def _page(
+    run: Path, metrics: Sequence[Mapping[str, Any]], spans: Sequence[Span], warning: str
+) -> str:
     from matplotlib.figure import Figure
 
+    facts = read_facts(run)
     curves = Figure(figsize=(10, 3.6), layout="constrained")
     left, right = curves.subplots(1, 2)
     draw_loss(left, metrics)
     draw_throughput(right, metrics)
-    parts = [_heading(run), _summary(run, metrics, spans), _image(curves, "loss and throughput")]
+    title = html.escape(_title(run, facts))
+    parts = [f"<h1>{title}</h1>", f"<p>{html.escape(warning)}</p>" if warning else ""]
+    parts += [_summary(facts, metrics), _image(curves, "loss and throughput")]
     steps = shown_steps(spans)
     if steps:
-        parts += ["<h2>Timeline</h2>", _shares(spans), _image(timeline_figure(steps), "timeline")]
+        parts += ["<h2>Timeline</h2>", _caption(whole_steps(spans)), _shares(spans)]
+        parts.append(_image(timeline_figure(steps), "timeline"))
     else:
         parts.append("<p>No step was traced on all ranks: no timeline.</p>")
-    return _HTML.format(title=html.escape(str(run)), body="\n".join(parts))
+    parts.append(_job(facts))
+    return _HTML.format(title=title, body="\n".join(parts))
 
 
-def _heading(run: Path) -> str:
-    return f"<h1>{html.escape('/'.join(run.resolve().parts[-2:]))}</h1>"
+def _title(run: Path, facts: Mapping[str, Any]) -> str:
+    folder = run.resolve()
+    return f"{facts.get('name', folder.parent.name)}, run {folder.name}"
 
 
-def _summary(run: Path, metrics: Sequence[Mapping[str, Any]], spans: Sequence[Span]) -> str:
-    facts = read_facts(run)
+def _summary(facts: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> str:
+    job = facts.get("job")
     rows: dict[str, Any] = {
-        key: facts[key] for key in ("ranks", "nodes", "mpi", "torch", "progress") if key in facts
+        "seed": job.get("seed") if isinstance(job, dict) else None,
+        "started": facts.get("started"),
+        "duration": None,
+        "parameters": facts.get("parameters"),
+        **{key: facts.get(key) for key in ("ranks", "nodes", "mpi", "torch", "progress")},
     }
+    if trace.is_finite(facts.get("seconds")):
+        rows["duration"] = str(timedelta(seconds=round(facts["seconds"])))
+    elif "finished" in facts:
+        rows["duration"] = "not finished"
     steps = [m for m in metrics if "step_s" in m]
     if steps:
         rows["steps"] = steps[-1]["step"]
         rows["median step"] = f"{statistics.median(m['step_s'] for m in steps) * 1e3:.1f} ms"
-        rows["last training loss"] = f"{steps[-1]['loss']:.4f}"
+    losses = [m["loss"] for m in metrics if "loss" in m]
+    if losses:
+        rows["last training loss"] = f"{losses[-1]:.4f}"
     checks = [m["validation"] for m in metrics if "validation" in m]
     for name, value in (checks[-1] if checks else {}).items():
         rows[f"validation {name}"] = f"{value:.4f}"
     cells = "".join(
-        f"<tr><th>{html.escape(str(key))}</th><td>{html.escape(str(value))}</td></tr>"
+        f"<tr><th>{html.escape(key)}</th><td>{html.escape(_plain(value))}</td></tr>"
         for key, value in rows.items()
+        if value is not None
     )
     return f"<table>{cells}</table>"
+
+
+def _plain(value: Any) -> str:
+    """A value of run.json as one would write it."""
+    if isinstance(value, list):
+        return ", ".join(
+            f"{item} ({n} times)" if n > 1 else str(item)
+            for item, n in Counter(map(str, value)).items()
+        )
+    return f"{value:,}" if isinstance(value, int) and value >= 10_000 else str(value)
+
+
+def _caption(traced: Sequence[int]) -> str:
+    first = traced[-SHOWN_STEPS:][0]
+    return (
+        f"<p>Steps {first} to {traced[-1]}, all ranks on one clock: what a rank computes and, "
+        f"below it, the blocks that it has on the wire. These are the last of the steps "
+        f"{traced[0]} to {traced[-1]}; the first <code>run.trace_steps</code> steps of each "
+        "session are traced. <code>timeline.json</code> has them all, for Perfetto.</p>"
+    )
+
+
+def _job(facts: Mapping[str, Any]) -> str:
+    """The whole job, defaults included, as a job file would say it."""
+    if not isinstance(facts.get("job"), dict):
+        return ""
+    text = html.escape("\n".join(_as_toml(facts["job"])))
+    return f"<details><summary>The job, with all defaults</summary><pre>{text}</pre></details>"
+
+
+def _as_toml(table: Mapping[str, Any], where: str = "") -> list[str]:
+    lines = []
+    for key, value in table.items():
+        if isinstance(value, dict):
+            lines += _as_toml(value, f"{where}{key}.")
+        elif value is not None:
+            lines.append(f"{where}{key} = {json.dumps(value, ensure_ascii=False)}")
+    return lines
 
 
 def _shares(spans: Sequence[Span]) -> str:

@@ -85,29 +85,61 @@ class Trace:
         self._path, self.active = None, False
 
 
-def read(path: Path) -> Iterator[dict[str, Any]]:
+def read(path: Path, damaged: list[str] | None = None) -> Iterator[dict[str, Any]]:
     """The spans of one rank's file, with times moved onto the clock of rank 0.
 
     A resumed run appends a header and spans to the same file; a line cut off by a kill is
-    passed over.
+    passed over, as is any other that makes no sense.
+
+    Args:
+        path: the file.
+        damaged: receives the lines that make no sense, other than a last one without an end.
 
     Yields:
         Dicts with `rank`, `session` (0 for the first), `track`, `name`, `start_s`, `end_s` and
         the span's own facts.
     """
-    header: dict[str, Any] = {"rank": 0, "offset_s": 0.0}
+    header: dict[str, Any] | None = None
     session = -1
-    with path.open() as file:
+    with path.open(errors="replace") as file:
         for line in file:
             try:
                 entry = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if "offset_s" in entry:
+            except ValueError:
+                entry = None
+            if _is_header(entry):
                 header = entry
                 session += 1
+                continue
+            if header is None or not _is_span(entry):
+                if damaged is not None and line.strip() and line.endswith("\n"):
+                    damaged.append(line)
                 continue
             entry["rank"], entry["session"] = header["rank"], session
             entry["start_s"] += header["offset_s"]
             entry["end_s"] += header["offset_s"]
             yield entry
+
+
+def _is_header(entry: Any) -> bool:
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("rank"), int)
+        and is_finite(entry.get("offset_s"))
+    )
+
+
+def _is_span(entry: Any) -> bool:
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("track"), str)
+        and isinstance(entry.get("name"), str)
+        and is_finite(entry.get("start_s"))
+        and is_finite(entry.get("end_s"))
+        and isinstance(entry.get("step", 0), int)
+    )
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a value read from JSON is a number that can be drawn."""
+    return isinstance(value, (int, float)) and abs(value) < float("inf")

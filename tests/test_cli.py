@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,6 +76,30 @@ def test_digits_reach_their_accuracy_and_leave_a_whole_run_folder(launch: Launch
     again = launch(0, *HPCTRAIN, "report", run)
     assert again.status == 0, again.err
     assert (run / "report.html").is_file()
+
+
+@pytest.mark.parametrize("option", ["", "--no-live"])
+def test_terminal_of_the_launcher_gets_a_bar_and_a_pipe_gets_lines(
+    launch: Launch, option: str
+) -> None:
+    """All streams of the ranks are pipes or terminals of their own: they cannot tell."""
+    ours, theirs = os.openpty()
+    launcher = Path(sys.executable).with_name("mpiexec")
+    command = [str(launcher), "-n", "2", sys.executable, *HPCTRAIN, "run", JOBS / "digits.toml"]
+    command += ["--set", "train.steps=5", "--set", "run.report=false", *option.split()]
+    process = subprocess.Popen(
+        command, cwd=launch.folder, env=launch.environment, stdin=subprocess.DEVNULL, stderr=theirs
+    )
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # how a terminal ends when its last writer is gone
+        while piece := os.read(ours, 1 << 16):
+            shown += piece
+    os.close(ours)
+    assert process.wait(60) == 0
+    assert (b"\r\x1b[K[######" in shown) == (not option), shown
+    piped = launch(2, *command[4:], "--fresh")
+    assert "\r" not in piped.out + piped.err and "step 5/5" in piped.err
 
 
 def test_curve_is_the_same_on_any_number_of_ranks(launch: Launch) -> None:
@@ -145,7 +172,7 @@ def test_all_mistakes_of_a_job_are_told_at_once_and_once(launch: Launch, ranks: 
     )  # fmt: skip
     assert ended.status == 2
     for mistake in (
-        "has 4 mistakes",
+        "the command line has 4 mistakes",
         "train.stepz: unknown key; did you mean 'steps'?",
         "train.batch: got 0; allowed: at least 1",
         "exchange.progres: unknown key; did you mean 'progress'?",
@@ -171,8 +198,24 @@ def test_job_module_that_fails_on_one_rank_ends_all_with_its_name(launch: Launch
     ended = launch(2, *HPCTRAIN, "run", "odd.toml")
     assert ended.status == 2
     assert "rank 1" in ended.err
-    assert re.search(r"OSError: no such weights at .*odd\.py:3 in model", ended.err)
+    assert re.search(r"OSError: no such weights\n  where: .*odd\.py:3 in model", ended.err)
     assert ended.err.count("no such weights") == 1
+
+
+def test_model_that_differs_between_ranks_is_the_jobs_mistake(launch: Launch) -> None:
+    (launch.folder / "odd.py").write_text(
+        "import hpctrain, torch\n"
+        "def model(): return torch.nn.Linear(1, 1 + hpctrain.join().rank)\n"
+        "def train_data(): return [torch.ones(1)]\n"
+        "def loss(model, batch): return model(batch).mean()\n"
+    )
+    (launch.folder / "odd.toml").write_text(
+        'module = "odd.py"\ntrain = { steps = 1, batch = 2 }\noptimizer = { name = "sgd" }\n'
+    )
+    ended = launch(2, *HPCTRAIN, "run", "odd.toml", limit_s=60)
+    assert ended.status == 2
+    assert "odd.py: the model is not the same on all ranks" in ended.err
+    assert "Traceback" not in ended.err
 
 
 def test_loss_that_fails_in_training_ends_all_with_its_traceback(launch: Launch) -> None:
@@ -211,6 +254,6 @@ def test_doctor(launch: Launch, ranks: int) -> None:
 
 def test_report_of_no_run_is_refused(launch: Launch) -> None:
     ended = launch(0, *HPCTRAIN, "report", "nowhere")
-    assert ended.status == 1
-    assert "there is no run here" in ended.err
+    assert ended.status == 2
+    assert "there is no such folder" in ended.err
     assert "Traceback" not in ended.err

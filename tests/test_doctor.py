@@ -9,7 +9,7 @@ import pytest
 
 from hpctrain import cli, doctor
 from hpctrain.doctor import Finding, binding, probe_device_buffers, same_everywhere
-from hpctrain.errors import ExitCode
+from hpctrain.errors import ExitCode, UnfitError
 from hpctrain.world import Seat, World
 
 # ---------------------------------------------------------------------- binding
@@ -159,6 +159,30 @@ def test_world_of_one_is_fit_as_json(capsys: pytest.CaptureFixture[str]) -> None
     assert (told["fit"], told["ranks"], told["nodes"]) == (True, 1, [[0]])
     assert told["seats"][0]["cores"]
     assert {f["verdict"] for f in told["findings"]} <= {doctor.OK, doctor.WARNING}
+
+
+def test_ranks_that_cannot_join_are_unfit_as_json(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As with Open MPI's mpirun around another MPI's Python; one of the processes tells."""
+
+    def refuse() -> World:
+        raise UnfitError("the wrong one", value="MPICH", fix="use its own", everywhere=True)
+
+    monkeypatch.setattr("hpctrain.world.join", refuse)
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
+    assert cli.main(["doctor", "--json"]) == ExitCode.UNFIT
+    shown = capsys.readouterr()
+    told = json.loads(shown.out)
+    assert (told["fit"], told["ranks"]) == (False, 4)
+    (finding,) = told["findings"]
+    assert (finding["verdict"], finding["text"]) == ("unfit", "the wrong one: MPICH")
+    assert finding["fix"] == "use its own" and "the wrong one" in shown.err
+
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "1")
+    assert cli.main(["doctor", "--json"]) == ExitCode.UNFIT
+    assert capsys.readouterr().out == ""
 
 
 def test_unfit_world_has_its_exit_status(

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import datetime
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -114,9 +117,14 @@ VALUES = [
     ("optimizer.name=adamm", "optimizer.name: unknown optimizer 'adamm'; did you mean 'adam"),
     ('optimizer.name=["adam"]', "optimizer.name: "),
     ("optimizer.learning_rate=1", "optimizer.learning_rate: unknown key for adamw"),
-    ("optimizer.lr=-1", "optimizer: adamw refuses its arguments: Invalid learning rate: -1"),
-    ("optimizer.lr=fast", "optimizer: adamw refuses its arguments: "),
-    ("optimizer.betas=[0.9]", "optimizer: adamw refuses its arguments: "),
+    ("optimizer.lr=-1", "optimizer.lr: adamw refuses it: Invalid learning rate: -1"),
+    ("optimizer.lr=fast", "optimizer.lr: expected a number, got 'fast'"),
+    ("optimizer.lr=true", "optimizer.lr: expected a number, got True"),
+    ("optimizer.foreach='no'", "optimizer.foreach: expected true or false, got 'no'"),
+    ("optimizer.capturable=true", "optimizer.capturable: needs a GPU"),
+    ("seed=18446744073709551616", "seed: got 18446744073709551616; allowed: at least 0 and at "),
+    ("seed=18446744073709551615", "seed: got 18446744073709551615; allowed: at least 0 and at "),
+    ("train.batch=100000000000", "train.batch: got 100000000000; allowed: at most 16777216"),
     ("model.widht=5", "model.widht: unknown key; did you mean 'width'?"),
     ("data.size=5", "data.size: unknown key; valid here: count"),
     ("module=wrok.py", "; did you mean 'work.py'?"),
@@ -126,8 +134,57 @@ VALUES = [
 @pytest.mark.parametrize(("override", "expected"), VALUES, ids=[value for value, _ in VALUES])
 def test_mistake_is_told_with_its_place(write: Write, override: str, expected: str) -> None:
     text = mistakes(write(), override)
-    assert "mine.toml has a mistake:\n" in text
-    assert expected in text.splitlines()[1]
+    first, line = text.splitlines()
+    assert first == "the command line has a mistake:"
+    assert expected in line and line.endswith(f" (--set {override})")
+
+
+def test_largest_seed_trains(write: Write) -> None:
+    loaded = job.load(write(), [f"seed={2**63 - 1}"])
+    assert loaded.parts().model
+    job.seed_generators(loaded.job.seed + 1 + (1 << 20) + 1_000_003 * (1 << 40))
+
+
+def test_dates_reach_the_model_and_run_json(write: Write) -> None:
+    text = JOB.replace("width = 4", "width = 4, date = 2024-01-01")
+    loaded = job.load(write(text, MODULE.replace("depth=1", "depth=1, date=None")))
+    facts = loaded._facts(loaded.parts())
+    assert loaded.job.model["date"] == datetime.date(2024, 1, 1)
+    assert json.loads(json.dumps(facts))["job"]["model"]["date"] == "2024-01-01"
+    assert facts["parameters"] == 20
+
+
+LINES = """# a remark
+module = "work.py"
+model = { width = 4 }
+
+[train]
+stepz = 5
+batch = 0
+[run]
+folder = 3
+"""
+
+
+def test_mistakes_are_told_with_their_lines(write: Write) -> None:
+    first, *lines = mistakes(write(LINES), "model.widht=4", "nope").splitlines()
+    assert first.endswith("mine.toml and the command line have 6 mistakes:")
+    assert {line.split(":")[0].strip(): line.rpartition(" (")[2] for line in lines} == {
+        "train.stepz": "line 6)",
+        "train.batch": "line 7)",
+        "train.steps": "line 5)",
+        "run.folder": "line 9)",
+        "model.widht": "--set model.widht=4)",
+        "--set nope": lines[0],
+    }
+
+
+@pytest.mark.parametrize("line", ["  [ train ]  # remark\nsteps = 0", "train.steps = 0"])
+def test_mistake_of_a_table_is_told_with_its_line(write: Write, line: str) -> None:
+    path = write(f'module = "work.py"\nmodel = {{ width = 4 }}\n{line}')
+    told = mistakes(path)
+    assert f"train.steps: got 0; allowed: at least 1 (line {3 + line.count(chr(10))})" in told
+    assert "mine.toml has 2 mistakes" in told
 
 
 def test_options_that_exclude_each_other_are_a_mistake(write: Write) -> None:
@@ -153,7 +210,7 @@ def test_all_mistakes_are_told_at_once(write: Write) -> None:
     """
     path = write(text, MODULE.replace("def loss", "def lost"))
     first, *lines = mistakes(path, "run.line_s=-1", "malformed").splitlines()
-    assert first.endswith("has 14 mistakes:")
+    assert first.endswith("mine.toml and the command line have 14 mistakes:")
     assert sorted(line.split(":")[0].strip() for line in lines) == [
         "--set malformed",
         *("checkpoint", "model.widht", "model.width", "module", "optimizer.rate", "run.line_s"),
@@ -174,7 +231,12 @@ def test_all_mistakes_are_told_at_once(write: Write) -> None:
         ("\ndef model(:", "failed: SyntaxError: "),
         ("\ndef model(:", "work.py:2"),
         ("import sys; sys.exit(7)", "failed: SystemExit: 7"),
-        (MODULE.replace("def loss", "def _loss"), "work.py defines no loss(); valid here: "),
+        (
+            MODULE.replace("def loss", "def _loss"),
+            "work.py defines no loss(); needed: model, train_data, loss; found: model, train_data",
+        ),
+        (MODULE.replace("def loss", "def los"), "defines no loss() (is los() meant?); needed: "),
+        ("from torch.nn import Linear", "found: none"),
         (MODULE + "\nloss = 3", "work.py defines no loss()"),
         (MODULE + "\nmetrics = 3", "module: metrics in "),
         (MODULE.replace("count=8", "count, path='x'"), "data.count: missing; train_data() needs"),
@@ -232,8 +294,18 @@ def test_broken_file_is_told(tmp_path: Path, content: bytes, expected: str) -> N
 
 
 def test_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
-    assert "cannot be read: No such file" in mistakes(tmp_path / "none.toml")
-    assert "cannot be read: Is a directory" in mistakes(tmp_path)
+    text = mistakes(tmp_path / "none.toml")
+    assert "cannot be read: No such file" in text and "fix: check the path" in text
+    (tmp_path / "some.toml").touch()
+    text = mistakes(tmp_path)
+    assert "cannot be read: Is a directory" in text
+    assert f"fix: name a job file; there are {tmp_path / 'some.toml'}" in text
+
+
+def test_module_in_place_of_the_job_file_is_told(write: Write) -> None:
+    text = mistakes(write().with_name("work.py"))
+    assert "the job file is not TOML" in text
+    assert "fix: give the .toml whose `module` is work.py" in text
 
 
 # ---------------------------------------------------------------------- overrides
@@ -272,6 +344,13 @@ def test_overrides_make_tables_and_the_last_one_counts(write: Write) -> None:
 @pytest.mark.parametrize("text", ["train.steps", "=5", "train..steps=5", ".=5", ""])
 def test_malformed_override_is_told(write: Write, text: str) -> None:
     assert f"--set {text}: expected table.key=value" in mistakes(write(), text)
+
+
+def test_override_of_several_values_is_told(write: Write) -> None:
+    text = mistakes(write(), "train.batch=3\noops=4")
+    assert text.splitlines()[1].endswith("holds more than one value; repeat --set for each")
+    loaded = job.load(write(), ['model.width="""a\nb = 1"""'])
+    assert loaded.job.model["width"] == "a\nb = 1"
 
 
 def test_override_inside_a_value_is_told(write: Write) -> None:
@@ -333,8 +412,29 @@ def trainer_mistakes(world: World, loaded: LoadedJob) -> str:
 def test_failing_model_is_told_with_rank_and_place(world: World, write: Write) -> None:
     module = MODULE.replace("    return nn.Seq", "    1 / 0\n    return nn.Seq")
     text = trainer_mistakes(world, job.load(write(module=module)))
-    assert text.startswith(f"{world.name_of(0)}: work.py failed: ZeroDivisionError")
-    assert text.endswith("work.py:5 in model")
+    assert text.startswith(f"{world.name_of(0)}: work.py: model() failed: ZeroDivisionError")
+    assert "work.py:5 in model\n" in text
+
+
+def test_wrong_argument_is_told_with_the_users_line_and_its_source(
+    world: World, write: Write
+) -> None:
+    """torch raises it, far below the user's file."""
+    text = trainer_mistakes(world, job.load(write(), ["model.width=0.5"]))
+    assert re.search(r"where: \S+work\.py:5 in <genexpr>\n", text)
+    assert (
+        "fix: check what [model] of mine.toml gives it: width = 0.5 (--set model.width=0.5)" in text
+    )
+    module = MODULE.replace("return range(count)", "return range(count / 2)")
+    text = trainer_mistakes(world, job.load(write(JOB + "data.count = 3\n", module)))
+    assert "work.py: train_data() failed: TypeError" in text and "work.py:8 in train_data" in text
+    assert "check what [data] of mine.toml gives it: count = 3 (line 5)" in text
+
+
+def test_model_that_cannot_be_trained_is_the_jobs_mistake(world: World, write: Write) -> None:
+    module = MODULE + "\ndef model(width):\n    return nn.Embedding(3, width, sparse=True)\n"
+    text = trainer_mistakes(world, job.load(write(module=module)))
+    assert text.startswith("work.py: ") and "sparse" in text
 
 
 def test_model_must_be_a_torch_module(world: World, write: Write) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 
 if TYPE_CHECKING:
     from conftest import Launch
@@ -22,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 COMMANDS = [line for kind, text in BLOCKS if kind == "sh" for line in text.splitlines()]
-LOOP, MODULE = (text for kind, text in BLOCKS if kind == "python")
+LOOP, MODULE, REUSE = (text for kind, text in BLOCKS if kind == "python")
 (JOB,) = (text for kind, text in BLOCKS if kind == "toml")
 
 
@@ -43,7 +44,10 @@ def shell(launch: Launch, command: str, folder: Path, **environment: str) -> str
 
 
 def test_examples_are_short() -> None:
-    assert len([line for line in LOOP.splitlines() if line]) < 15
+    essential = LOOP[LOOP.index("world = ") :]
+    assert len([line for line in essential.splitlines() if line]) < 15
+    assert re.findall(r"# (\d):", LOOP) == ["1", "2"]
+    assert len(README.splitlines()) <= 230
     assert len([line for line in MODULE.splitlines() if line]) < 15
     assert len(JOB.splitlines()) <= 15
 
@@ -52,6 +56,9 @@ def test_commands_are_those_that_are_tested_below() -> None:
     assert COMMANDS == [
         "make train",
         "make test",
+        ". .venv/bin/activate",
+        "export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_osc=^ucx",
+        "export PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe",
         "mpirun -n 2 python train.py",
         "mpirun -n 2 hpctrain run product.toml",
         "mpirun -n 2 hpctrain run product.toml --set train.steps=20 --set exchange.wire=bfloat16",
@@ -84,17 +91,31 @@ def test_make_test_runs_all_that_it_says(launch: Launch) -> None:
 
 
 def test_loop(launch: Launch) -> None:
+    """Pasted into a shell that knows nothing but the system's commands."""
+    if not (Path(sys.prefix) / "bin/activate").exists():
+        pytest.skip("the tests do not run in a virtual environment")
     (launch.folder / "train.py").write_text(LOOP)
-    text = shell(launch, COMMANDS[2], launch.folder)
-    assert "rank 0 of 2 is done" in text
-    assert "rank 1 of 2 is done" in text
+    (launch.folder / ".venv").symlink_to(sys.prefix)
+    bare = {"PATH": "/usr/bin:/bin", "HOME": str(launch.folder), "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(
+        ["sh", "-ec", "\n".join(COMMANDS[2:6])],
+        cwd=launch.folder, env=bare, capture_output=True, text=True, timeout=170, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    state = torch.load(launch.folder / "model.pt", weights_only=True)
+    assert {name: tuple(value.shape) for name, value in state.items()} == {
+        "weight": (1, 2),
+        "bias": (1,),
+    }
 
 
 def test_job(launch: Launch) -> None:
     (launch.folder / "product.py").write_text(MODULE)
     (launch.folder / "product.toml").write_text(JOB)
-    assert "step 200/200" in shell(launch, COMMANDS[3], launch.folder)
-    assert "step 20/20" in shell(launch, COMMANDS[4], launch.folder)
+    assert "step 200/200" in shell(launch, COMMANDS[6], launch.folder)
+    assert "step 20/20" in shell(launch, COMMANDS[7], launch.folder)
+    (launch.folder / "reuse.py").write_text(REUSE)
+    shell(launch, "python reuse.py", launch.folder)
 
 
 def test_the_sites_own_mpi(launch: Launch) -> None:
@@ -119,7 +140,7 @@ def test_the_sites_own_mpi(launch: Launch) -> None:
         f'  export PATH="{venv}/bin:{prefix}/bin:$PATH" LD_LIBRARY_PATH="{prefix}/lib"\n'
         "}\n"
     )
-    text = shell(launch, module + "\n".join([COMMANDS[5], COMMANDS[7]]), launch.folder)
+    text = shell(launch, module + "\n".join([COMMANDS[8], COMMANDS[10]]), launch.folder)
     assert "2 rank(s)" in text
     assert text.strip().endswith("fit")
     without = shell(launch, f"! {command} doctor", launch.folder, LD_LIBRARY_PATH="")
@@ -129,4 +150,4 @@ def test_the_sites_own_mpi(launch: Launch) -> None:
 def test_benchmark(launch: Launch) -> None:
     shutil.copytree(ROOT / "benchmarks", launch.folder / "benchmarks")
     shutil.copytree(ROOT / "jobs", launch.folder / "jobs")
-    assert '"ratio_to_ddp"' in shell(launch, COMMANDS[8], launch.folder)
+    assert '"ratio_to_ddp"' in shell(launch, COMMANDS[11], launch.folder)

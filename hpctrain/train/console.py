@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import stat
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,14 +47,56 @@ def progress_bar(progress: Progress, columns: int) -> str:
     return f"[{'#' * done}{'.' * (room - done)}] {line}"
 
 
-def terminal_columns(stream: TextIO) -> int:
-    """Width of the terminal behind a stream; COLUMNS overrides it, as everywhere."""
+def terminal_columns(stream: TextIO, terminal: Path | None = None) -> int:
+    """Width of the terminal that shows a stream; COLUMNS overrides it, as everywhere.
+
+    Args:
+        stream: what is written to.
+        terminal: the terminal's device, where the stream itself is none.
+    """
     if os.environ.get("COLUMNS", "").isdigit():
         return int(os.environ["COLUMNS"])
     try:
-        return os.get_terminal_size(stream.fileno()).columns
+        if terminal is None:
+            return os.get_terminal_size(stream.fileno()).columns or 80
+        device = os.open(terminal, os.O_RDONLY | os.O_NOCTTY)
+        try:
+            return os.get_terminal_size(device).columns or 80
+        finally:
+            os.close(device)
     except (OSError, ValueError):
         return 80
+
+
+LAUNCHERS = ("mpirun", "mpiexec", "prterun", "orterun", "mpiexec.hydra", "prte")
+"""Commands that read a rank's standard error from a pipe and write it to their own."""
+
+
+def launcher_terminal(stream: TextIO, processes: Path = Path("/proc")) -> Path | None:
+    """The terminal onto which a launcher on this machine copies what this rank writes, if any.
+
+    No rank can tell by its own streams: under MPICH all are pipes, and Open MPI gives a rank a
+    terminal of its own as standard output, also when mpirun's output goes into a file.
+
+    Args:
+        stream: a copy of standard error; only a pipe can lead to a launcher.
+        processes: where the kernel tells about processes.
+    """
+    try:
+        if not stat.S_ISFIFO(os.fstat(stream.fileno()).st_mode):
+            return None
+        process = os.getppid()
+        while process > 1:
+            folder = processes / str(process)
+            name, _, rest = (folder / "stat").read_text().partition("(")[2].rpartition(")")
+            if name in LAUNCHERS:
+                shown_on = os.readlink(folder / "fd/2")
+                if shown_on.startswith(("/dev/pts/", "/dev/tty")):
+                    return Path(shown_on)
+            process = int(rest.split()[1])
+    except (OSError, ValueError, IndexError):
+        pass
+    return None
 
 
 def duration(seconds: float) -> str:
@@ -73,13 +116,18 @@ class Console:
         speaks: whether this rank shows anything.
         line_s: shortest time between two lines where there is no terminal.
         stream: where to; standard error by default, so that output can be piped away.
+
+    Attributes:
+        live: whether there is a bar; found out, and may be set.
     """
 
     def __init__(self, speaks: bool, line_s: float = 0.0, stream: TextIO | None = None) -> None:
         self._speaks = speaks
         self._line_s = line_s
         self._stream = stream or sys.stderr
-        self._live = self._stream.isatty()
+        is_terminal = self._stream.isatty()
+        self._terminal = None if is_terminal else launcher_terminal(self._stream)
+        self.live = is_terminal or self._terminal is not None
         self._bar_shown = False
         self._said_s = now_s()
 
@@ -87,8 +135,8 @@ class Console:
         """Show how far the run is."""
         if not self._speaks:
             return
-        if self._live:
-            bar = progress_bar(progress, terminal_columns(self._stream))
+        if self.live:
+            bar = progress_bar(progress, terminal_columns(self._stream, self._terminal))
             self._stream.write("\r\x1b[K" + bar)
             self._bar_shown = True
         elif now_s() - self._said_s >= self._line_s or progress.step == progress.steps:

@@ -64,17 +64,26 @@ def check_optimizer(table: Mapping[str, Any], where: str, mistakes: list[str]) -
         )
         return
     arguments = _arguments(name)
-    unknown = [key for key in table if key != "name" and key not in arguments]
-    for key in unknown:
-        mistakes.append(f"{where}.{key}: unknown key for {name}{nearest(key, arguments)}")
-    odd = [k for k, v in table.items() if isinstance(v, float) and not math.isfinite(v)]
-    mistakes += [f"{where}.{key}: got {table[key]}; allowed: a finite number" for key in odd]
-    if unknown or odd:
-        return
-    try:
-        build_optimizer([nn.Parameter(torch.zeros(1, 1))], table)
-    except Exception as error:
-        mistakes.append(f"{where}: {name} refuses its arguments: {error}")
+    usable: dict[str, Any] = {"name": name}
+    for key, value in table.items():
+        place = f"{where}.{key}"
+        if key == "name":
+            continue
+        if key not in arguments:
+            mistakes.append(f"{place}: unknown key for {name}{nearest(key, arguments)}")
+        elif wrong := _wrong(key, value, arguments[key]):
+            mistakes.append(f"{place}: {wrong}, got {value!r}")
+        else:
+            usable[key] = value
+    while refusal := _refusal(usable):
+        culprit = next(
+            (k for k in usable if k != "name" and _refusal(_without(usable, k)) != refusal), None
+        )
+        if culprit is None:
+            mistakes.append(f"{where}: {name} refuses its arguments: {refusal}")
+            return
+        mistakes.append(f"{where}.{culprit}: {name} refuses it: {refusal}")
+        usable = _without(usable, culprit)
 
 
 def build_optimizer(
@@ -89,5 +98,42 @@ def build_optimizer(
     return _OPTIMIZERS[table.get("name", "adamw")](parameters, **arguments)
 
 
-def _arguments(name: str) -> list[str]:
-    return list(inspect.signature(_OPTIMIZERS[name]).parameters)[1:]
+def _arguments(name: str) -> dict[str, inspect.Parameter]:
+    return dict(list(inspect.signature(_OPTIMIZERS[name]).parameters.items())[1:])
+
+
+def _without(table: Mapping[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in table.items() if name != key}
+
+
+def _wrong(key: str, value: object, parameter: inspect.Parameter) -> str:
+    """What is wrong with the type of an argument; torch takes `foreach = "no"` for true."""
+    if key == "capturable" and value is True:
+        return "needs a GPU; leave it out"
+    kind = str(parameter.annotation)
+    if "bool" in kind or isinstance(parameter.default, bool):
+        return "" if isinstance(value, bool) else "expected true or false"
+    if isinstance(parameter.default, tuple):
+        count = len(parameter.default)
+        fits = isinstance(value, list) and len(value) == count and all(map(_is_number, value))
+        return "" if fits else f"expected a list of {count} numbers"
+    if "float" in kind or _is_number(parameter.default):
+        return "" if _is_number(value) else "expected a number"
+    return ""
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return abs(value) < 1 << 1023 if isinstance(value, int) else math.isfinite(value)
+
+
+def _refusal(table: Mapping[str, Any]) -> str:
+    """What the optimizer has against a table, when it is made or in its first step; else empty."""
+    parameter = nn.Parameter(torch.zeros(1, 1))
+    parameter.grad = torch.zeros(1, 1)
+    try:
+        build_optimizer([parameter], table).step()
+    except Exception as error:
+        return str(error) or type(error).__name__
+    return ""

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from hpctrain.comm.memory import ALIGN_BYTES
-from hpctrain.grad.blocks import Block, is_dense, layout, move, partition
+from hpctrain.comm.memory import ALIGN_BYTES, Slab
+from hpctrain.grad.blocks import Block, is_dense, layout, move, partition, slab_size
 
 CHANNELS_LAST = torch.zeros(4, 3, 2, 2).to(memory_format=torch.channels_last)
 
@@ -17,7 +17,7 @@ def parameters_of(
 
 
 def block_of(parameters: list[nn.Parameter]) -> Block:
-    return Block(0, range(len(parameters)), parameters)
+    return Block(0, range(len(parameters)), parameters, Slab.allocate(*slab_size(parameters)))
 
 
 def set_gradients(parameters: list[nn.Parameter]) -> list[torch.Tensor]:

@@ -8,11 +8,20 @@ import struct
 import termios
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 
 from hpctrain.train import console
-from hpctrain.train.console import Console, Progress, duration, progress_bar, progress_line
+from hpctrain.train.console import (
+    Console,
+    Progress,
+    duration,
+    launcher_terminal,
+    progress_bar,
+    progress_line,
+    terminal_columns,
+)
 from hpctrain.world import World
 
 CLEAR = "\r\x1b[K"
@@ -132,6 +141,75 @@ def test_bar_fits_the_terminal_it_is_drawn_on(narrow_terminal: tuple[int, int]) 
     with open(theirs, "w", closefd=False) as stream:
         Console(speaks=True, stream=stream).progress(at(7))
     assert os.read(ours, 1000).decode() == CLEAR + progress_bar(at(7), 40)
+
+
+def test_bar_may_be_asked_for_and_refused() -> None:
+    stream, terminal = io.StringIO(), Terminal()
+    for chosen, live in ((stream, True), (terminal, False)):
+        shown = Console(speaks=True, stream=chosen)
+        shown.live = live
+        shown.progress(at(7))
+    assert stream.getvalue().startswith(CLEAR)
+    assert terminal.getvalue() == LINE + "\n"
+
+
+# ---------------------------------------------------------------------- under a launcher
+
+
+@pytest.fixture
+def processes(tmp_path: Path) -> Path:
+    """What the kernel would tell: this process was started by a shell, and that by mpirun."""
+    for process, name, parent, stderr in (
+        (os.getppid(), "sh", 7000001, "pipe:[5]"),
+        (7000001, "pmi (odd) proxy", 7000002, "pipe:[6]"),
+        (7000002, "mpirun", 1, "/dev/pts/77"),
+    ):
+        (tmp_path / f"{process}/fd").mkdir(parents=True)
+        (tmp_path / f"{process}/stat").write_text(f"{process} ({name}) S {parent} 1 1 0\n")
+        (tmp_path / f"{process}/fd/2").symlink_to(stderr)
+    return tmp_path
+
+
+@pytest.fixture
+def pipe() -> Iterator[TextIO]:
+    ours, theirs = os.pipe()
+    with open(theirs, "w") as stream:
+        yield stream
+    os.close(ours)
+
+
+def test_terminal_of_the_launcher_is_found(processes: Path, pipe: TextIO) -> None:
+    assert launcher_terminal(pipe, processes) == Path("/dev/pts/77")
+
+
+@pytest.mark.parametrize("shown_on", ["/home/me/log", "pipe:[9]", "/dev/null"])
+def test_launcher_whose_output_is_no_terminal_shows_no_bar(
+    processes: Path, pipe: TextIO, shown_on: str
+) -> None:
+    (processes / "7000002/fd/2").unlink()
+    (processes / "7000002/fd/2").symlink_to(shown_on)
+    assert launcher_terminal(pipe, processes) is None
+
+
+def test_terminal_of_a_process_that_is_no_launcher_is_not_written_to(
+    processes: Path, pipe: TextIO
+) -> None:
+    """The pipe leads to `less`, not to the terminal of the shell that started both."""
+    (processes / "7000002/stat").write_text("7000002 (bash) S 1 1 1 0\n")
+    assert launcher_terminal(pipe, processes) is None
+
+
+def test_file_of_the_ranks_own_shows_no_bar(processes: Path, tmp_path: Path) -> None:
+    with (tmp_path / "log").open("w") as stream:
+        assert launcher_terminal(stream, processes) is None
+    assert launcher_terminal(io.StringIO(), processes) is None
+
+
+def test_bar_fits_the_terminal_of_the_launcher(
+    narrow_terminal: tuple[int, int], pipe: TextIO
+) -> None:
+    assert terminal_columns(pipe, Path(os.ttyname(narrow_terminal[1]))) == 40
+    assert terminal_columns(pipe, Path("/dev/pts/none")) == 80
 
 
 # ---------------------------------------------------------------------- elsewhere

@@ -61,19 +61,47 @@ def test_without_a_name_it_is_adamw() -> None:
             "optimizer.momentun: unknown key for sgd; did you mean 'momentum'?",
         ),
         ({"name": "sgd", "params": []}, "optimizer.params: unknown key for sgd"),
-        ({"lr": -1}, "optimizer: adamw refuses its arguments: Invalid learning rate"),
-        ({"lr": "fast"}, "optimizer: adamw refuses its arguments: "),
-        ({"betas": 0.9}, "optimizer: adamw refuses its arguments: "),
-        ({"betas": [0.9]}, "optimizer: adamw refuses its arguments: "),
-        ({"betas": {}}, "optimizer: adamw refuses its arguments: "),
-        ({"betas": [0.9, 1.5]}, "optimizer: adamw refuses its arguments: Invalid beta"),
-        ({"name": "sgd", "nesterov": True}, "optimizer: sgd refuses its arguments: Nesterov"),
+        ({"lr": -1}, "optimizer.lr: adamw refuses it: Invalid learning rate"),
+        ({"lr": "fast"}, "optimizer.lr: expected a number, got 'fast'"),
+        ({"lr": True}, "optimizer.lr: expected a number, got True"),
+        ({"lr": float("nan")}, "optimizer.lr: expected a number, got nan"),
+        ({"lr": 10**400}, "optimizer.lr: expected a number, got 1000"),
+        ({"foreach": "no"}, "optimizer.foreach: expected true or false, got 'no'"),
+        ({"amsgrad": 1}, "optimizer.amsgrad: expected true or false, got 1"),
+        ({"capturable": True}, "optimizer.capturable: needs a GPU"),
+        ({"differentiable": True}, "optimizer.differentiable: adamw refuses it: "),
+        ({"betas": 0.9}, "optimizer.betas: expected a list of 2 numbers, got 0.9"),
+        ({"betas": [0.9]}, "optimizer.betas: expected a list of 2 numbers, got [0.9]"),
+        ({"betas": [0.9, True]}, "optimizer.betas: expected a list of 2 numbers"),
+        ({"betas": {}}, "optimizer.betas: expected a list of 2 numbers, got {}"),
+        ({"betas": [0.9, 1.5]}, "optimizer.betas: adamw refuses it: Invalid beta"),
+        ({"name": "sgd", "nesterov": True}, "optimizer.nesterov: sgd refuses it: Nesterov"),
     ],
     ids=repr,
 )
 def test_a_mistake_in_the_table_is_told(table: dict[str, Any], mistake: str) -> None:
     [told] = mistakes_in(table)
     assert told.startswith(mistake)
+
+
+@pytest.mark.parametrize(
+    ("table", "places"),
+    [
+        ({"lr": -1, "weight_decay": -1}, ["lr", "weight_decay"]),
+        ({"lr": -1, "foo": 1, "betas": [2, 3]}, ["foo", "betas", "lr"]),
+        ({"lr": -1, "foreach": 1, "eps": -1}, ["foreach", "lr", "eps"]),
+        ({"name": "sgd", "nesterov": True, "momentum": 0, "lr": -2}, ["nesterov", "lr"]),
+    ],
+    ids=repr,
+)
+def test_all_mistakes_are_told(table: dict[str, Any], places: list[str]) -> None:
+    told = [mistake.split(":")[0].removeprefix("optimizer.") for mistake in mistakes_in(table)]
+    assert sorted(told) == sorted(places)
+
+
+def test_arguments_that_do_not_go_together_are_told() -> None:
+    [told] = mistakes_in({"foreach": True, "fused": True})
+    assert told.startswith("optimizer") and "fused" in told
 
 
 def test_all_unknown_keys_are_told() -> None:

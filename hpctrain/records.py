@@ -1,0 +1,96 @@
+"""What a run left in its folder, read back. Damaged lines are passed over and counted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from hpctrain import trace
+from hpctrain.errors import JobError
+
+RATES = ("samples_per_s", "step_s", "exposed_s")
+
+Span = dict[str, Any]
+Damaged = dict[str, int]
+"""Number of lines that were passed over, by file."""
+
+
+def read_metrics(path: Path, damaged: Damaged) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl that make sense; counts the others in `damaged`.
+
+    Raises:
+        JobError: there is no such file.
+    """
+    if not path.is_file():
+        folder = path.parent
+        raise JobError(
+            "there is no run here" if folder.is_dir() else "there is no such folder",
+            where=str(folder),
+            fix="name a run folder, for example runs/stdlib_lm/001",
+            everywhere=True,
+        )
+    entries = []
+    for line in path.read_text(errors="replace").splitlines(keepends=True):
+        try:
+            entry = json.loads(line, object_hook=_with_nan)
+        except ValueError:
+            entry = None
+        if _is_metric(entry):
+            entries.append(entry)
+        elif line.endswith("\n"):  # else the last line of a run that was killed
+            damaged[path.name] = damaged.get(path.name, 0) + 1
+    return entries
+
+
+def _with_nan(table: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN: figures that were not finite are recorded as null."""
+    return {key: float("nan") if value is None else value for key, value in table.items()}
+
+
+def _is_metric(entry: Any) -> bool:
+    if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+        return False
+    figures = [entry.get(key, 0.0) for key in ("loss", *RATES)]
+    checked = entry.get("validation", {})
+    if isinstance(checked, dict):
+        figures += checked.values()
+    return isinstance(checked, dict) and all(isinstance(f, (int, float)) for f in figures)
+
+
+def warning_of(damaged: Damaged) -> str:
+    """One warning about all lines that were passed over; empty when there were none."""
+    files = ", ".join(f"{count} of {name}" for name, count in sorted(damaged.items()))
+    return f"warning: passed over damaged lines: {files}\n" if files else ""
+
+
+def read_facts(run: Path) -> dict[str, Any]:
+    """What run.json says; empty when it is missing or damaged."""
+    try:
+        facts = json.loads((run / "run.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def read_spans(run: Path, damaged: Damaged | None = None) -> list[Span]:
+    """The spans of all ranks' last session, on rank 0's clock, ordered by start."""
+    ranks = read_facts(run).get("ranks")  # an earlier session may have had more
+    spans: list[Span] = []
+    for path in sorted((run / "trace").glob("rank-*.jsonl")):
+        lines: list[str] = []
+        last = _last_session(trace.read(path, lines))
+        spans += [s for s in last if not isinstance(ranks, int) or s["rank"] < ranks]
+        if lines and damaged is not None:
+            damaged[f"trace/{path.name}"] = len(lines)
+    return sorted(spans, key=lambda span: float(span["start_s"]))
+
+
+def _last_session(spans: Iterable[Span]) -> list[Span]:
+    kept: list[Span] = []
+    for span in spans:
+        if kept and span["session"] != kept[-1]["session"]:
+            kept = []
+        kept.append(span)
+    return kept
