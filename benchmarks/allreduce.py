@@ -87,7 +87,7 @@ def make_arms(world: Any, megabytes: float) -> dict[str, Callable[[], object]]:
         for name, way in (("node-shared", "shared"), ("messages", "direct"))
     }
     for_mpi, for_gloo = np.ones(count, np.float32), torch.ones(count)
-    own, other = torch.ones(count), torch.ones(count)
+    own, other = np.ones(count, np.float32), np.ones(count, np.float32)
 
     def iallreduce() -> None:
         comm.Iallreduce(MPI.IN_PLACE, for_mpi).Wait()
@@ -100,8 +100,8 @@ def make_arms(world: Any, megabytes: float) -> dict[str, Callable[[], object]]:
         "MPI Iallreduce": iallreduce,
         "gloo": lambda: torch.distributed.all_reduce(for_gloo),
         # As many bytes read and written as the slabs of all ranks have.
-        "limit: in place": lambda: own.mul_(1.0),
-        "limit: copy": lambda: other.copy_(own),
+        "limit: in place": lambda: np.multiply(own, np.float32(1), out=own),
+        "limit: copy": lambda: np.copyto(other, own),
     }
 
 
