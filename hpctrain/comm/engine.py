@@ -62,6 +62,8 @@ POLL_S = 1e-4
 """Sleep of the progress thread between two polls while operations are in flight."""
 HOOK_POLL_S = 5e-5
 """Shortest time between two polls from hooks, for models with thousands of small parameters."""
+SPINS = 200
+"""Polls of a waiting thread before it becomes more patient."""
 WATCH_S = 0.05
 """Sleep of the engine's thread while it has nothing to move."""
 SWITCH_S = 2e-4
@@ -255,6 +257,7 @@ class Engine:
         self._closing = False
         self._owner = os.getpid()
         self._polled_s = 0.0
+        self._shares_core = world.oversubscribed
         self._watch: Watch | None = None
         self._thread: threading.Thread | None = None
         if world.size > 1:
@@ -361,15 +364,10 @@ class Engine:
             self._waiters -= 1
 
     def _back_off(self, polls: int) -> None:
-        """Leave the core to ranks that compute, the sooner the scarcer cores are."""
-        if self.world.oversubscribed:
-            if polls > 20:
-                time.sleep(POLL_S)
-            else:
-                _yield_core()
-        elif polls > 2000:
+        """Leave the core to ranks that compute, at once where cores are scarce."""
+        if polls > (SPINS if self._shares_core else 10 * SPINS):
             time.sleep(POLL_S)
-        elif polls > 200:
+        elif self._shares_core or polls > SPINS:
             _yield_core()
 
     def _advance(self) -> None:
