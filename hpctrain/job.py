@@ -31,6 +31,8 @@ from typing import Any
 from torch import nn
 
 from hpctrain import job_file
+from hpctrain.comm.collect import all_gather
+from hpctrain.comm.engine import engine_of
 from hpctrain.config import nearest, option, read
 from hpctrain.errors import ExchangeError, JobError, MismatchError
 from hpctrain.grad.overlap import ExchangeConfig
@@ -142,6 +144,8 @@ class LoadedJob:
             JobError: on all ranks, when the module fails on some rank, or its model cannot be
                 trained or is not the same on all; names rank and place.
         """
+        engine = engine_of(world)  # before user code runs: ranks where that hangs are told
+        engine.deadline_s = self.job.exchange.deadline_s
         parts: Parts | None = None
         failure: str | None = None
         try:
@@ -150,7 +154,7 @@ class LoadedJob:
             failure = str(error)
         except Exception as error:
             failure = f"{self.job.module} failed: {_last_place(error)}"
-        failures = world.comm.allgather(failure)
+        failures = all_gather(engine.control, failure, label="making of the job's model and data")
         for rank, text in enumerate(failures):
             if text:
                 raise JobError(f"{world.name_of(rank)}: {text}", everywhere=True)

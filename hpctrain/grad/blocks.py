@@ -25,6 +25,7 @@ class Block:
     Attributes:
         index: position in the order in which blocks go on the wire.
         members: indices of the parameters, in the order in which backward finishes them.
+        names: what messages call the parameters.
         parameters: the parameters themselves.
         slab: gradients and flags, as real elements; `slab_size` says how many.
         views: the part of the slab that is each parameter's gradient.
@@ -35,10 +36,16 @@ class Block:
     """
 
     def __init__(
-        self, index: int, members: Sequence[int], parameters: Sequence[nn.Parameter], slab: Slab
+        self,
+        index: int,
+        members: Sequence[int],
+        names: Sequence[str],
+        parameters: Sequence[nn.Parameter],
+        slab: Slab,
     ) -> None:
         self.index = index
         self.members = tuple(members)
+        self.names = tuple(names)
         self.parameters = tuple(parameters)
         self.slab = slab
         dtype = parameters[0].dtype
@@ -70,19 +77,41 @@ class Block:
         return f"block {self.index}"
 
     def deliver(self) -> None:
-        """Hooks have brought every gradient into the slab: set the flags."""
-        self._flags.fill(self._set)
+        """Backward has finished every gradient: bring those into the slab that are not there yet.
+
+        Raises:
+            ExchangeError: a gradient is gone, sparse, or to be differentiated again.
+        """
+        self._collect(may_lack=False)
         self.delivered = True
 
     def fill(self) -> None:
-        """Bring the gradients that this rank has into the slab and set the flags."""
+        """Bring the gradients that this rank has into the slab, zeros for the others.
+
+        Raises:
+            ExchangeError: a gradient is sparse, or to be differentiated again.
+        """
+        self._collect(may_lack=True)
+
+    def _collect(self, may_lack: bool) -> None:
+        """Many small gradients are moved by one call: a call a gradient would cost more."""
         self._flags.fill(self._set)
+        positions, sources, targets = [], [], []
         for position, (parameter, view) in enumerate(zip(self.parameters, self.views, strict=True)):
-            if parameter.grad is None:
+            gradient = parameter.grad
+            if gradient is view:
+                continue
+            if gradient is None and may_lack:
                 view.zero_()
                 self._flags[position] = 0
-            elif parameter.grad is not view:
-                move(parameter, view)
+                continue
+            positions.append(position)
+            sources.append(usable(gradient, self.names[position]))
+            targets.append(view)
+        if sources:
+            torch._foreach_copy_(targets, sources)
+            for position, view in zip(positions, targets, strict=True):
+                self.parameters[position].grad = view
 
     def settle(self) -> None:
         """After the sum: give every parameter that some rank used its gradient, others None.
@@ -91,11 +120,11 @@ class Block:
             ExchangeError: a gradient is not the one that was exchanged.
         """
         if self.delivered:  # used by this rank, and every gradient is its view
-            for parameter, view in zip(self.parameters, self.views, strict=True):
+            for name, parameter, view in zip(self.names, self.parameters, self.views, strict=True):
                 if parameter.grad is not view:
                     raise ExchangeError(
-                        f"a gradient of {self.label}, of shape {tuple(parameter.shape)}, was "
-                        "replaced by another hook after it had been handed over",
+                        f"the gradient of parameter {name} was replaced by another hook after it "
+                        f"had been handed over with {self.label}",
                         fix="change gradients in place, after backward or in a hook on the tensor",
                     )
             return
@@ -115,11 +144,34 @@ def slab_size(parameters: Sequence[nn.Parameter]) -> tuple[int, torch.dtype]:
     return (2 * count, dtype.to_real()) if dtype.is_complex else (count, dtype)
 
 
-def move(parameter: nn.Parameter, view: torch.Tensor) -> None:
-    """Make `view` the parameter's gradient, with the values that it has now."""
-    assert parameter.grad is not None
-    with torch.no_grad():
-        view.copy_(parameter.grad)
+def usable(gradient: torch.Tensor | None, name: str) -> torch.Tensor:
+    """The gradient of a parameter, if it is one that can be averaged.
+
+    Raises:
+        ExchangeError: it is not, with what to do instead.
+    """
+    if gradient is None or gradient.is_sparse:
+        raise ExchangeError(
+            f"the gradient of parameter {name} is sparse or was taken away by another hook",
+            fix="use nn.Embedding(..., sparse=False), and do not clear gradients from hooks",
+        )
+    if gradient.requires_grad:
+        raise ExchangeError(
+            f"the gradient of parameter {name} is to be differentiated again (create_graph=True), "
+            "which averaged gradients cannot be",
+            fix="compute such a gradient with torch.autograd.grad on the module itself (.module), "
+            "and call backward without create_graph",
+        )
+    return gradient
+
+
+def move(parameter: nn.Parameter, view: torch.Tensor, name: str) -> None:
+    """Make `view` the parameter's gradient, with the values that it has now.
+
+    Raises:
+        ExchangeError: the gradient cannot be averaged.
+    """
+    view.copy_(usable(parameter.grad, name))
     parameter.grad = view
 
 

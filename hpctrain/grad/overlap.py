@@ -42,12 +42,15 @@ from hpctrain.comm.memory import release_freed
 from hpctrain.comm.reducer import CHUNK_BYTES, ReduceOptions, Reducer
 from hpctrain.config import check, option
 from hpctrain.errors import ExchangeError
-from hpctrain.grad.blocks import Block, move, partition, slab_size
+from hpctrain.grad.blocks import Block, move, partition, slab_size, usable
 from hpctrain.grad.replicas import BUFFER_MODES, BufferSync
 from hpctrain.grad.trial import Trial, medians
 from hpctrain.trace import COMPUTE, now_s
 
 _log = logging.getLogger("hpctrain")
+
+AT_ONCE_BYTES = 1 << 15
+"""Gradients larger than this are moved into their slab by their own hook."""
 
 
 _exchanges: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -293,8 +296,7 @@ class Exchange:
         return observe
 
     def _observe(self, index: int, parameter: torch.Tensor) -> None:
-        if parameter.grad is not None and parameter.grad.requires_grad:
-            raise _differentiable(self.names[index])
+        usable(parameter.grad, self.names[index])
         if not self._local:
             self.begin()
             self._observed.pop(index, None)
@@ -305,17 +307,15 @@ class Exchange:
         """Hook of all later steps. Runs once a parameter and step, so it looks nothing up twice."""
         this = weakref.ref(self)
         poll = self.engine.poll
+        # A large gradient is moved at once, while it is in the cache; small ones with their block.
+        is_large = view.numel() * view.element_size() > AT_ONCE_BYTES
 
         def deliver(parameter: nn.Parameter) -> None:
             exchange = this()
             if exchange is None:
                 return
-            if parameter.grad is not view:
-                if parameter.grad is None or parameter.grad.is_sparse:
-                    raise _unusable(exchange.names[index])
-                if parameter.grad.requires_grad:
-                    raise _differentiable(exchange.names[index])
-                move(parameter, view)
+            if is_large and parameter.grad is not view:
+                move(parameter, view, exchange.names[index])
             if exchange._local:
                 return
             if not exchange._armed:
@@ -369,16 +369,15 @@ class Exchange:
         slabs = self.reducer.allocate([size for size, _ in sizes], [dtype for _, dtype in sizes])
         self._blocks = []
         for group, parameters, slab in zip(groups, members, slabs, strict=True):
-            block = Block(len(self._blocks), group, parameters, slab)
+            names = [self.names[i] for i in group]
+            block = Block(len(self._blocks), group, names, parameters, slab)
             for index, parameter, view in zip(group, parameters, block.views, strict=True):
                 self._hooks[index].remove()
                 self._hooks[index] = parameter.register_post_accumulate_grad_hook(
                     self._deliverer(index, block.index, view)
                 )
                 if parameter.grad is not None:
-                    if parameter.grad.is_sparse:
-                        raise _unusable(self.names[index])
-                    move(parameter, view)
+                    move(parameter, view, self.names[index])
             self._blocks.append(block)
         release_freed()  # the gradients of the first step, which were tensors of their own
         self.reducer.plan(slabs, ways)
@@ -428,22 +427,6 @@ def _norm(gradients: torch.Tensor) -> torch.Tensor:
         widest = torch.complex128 if gradients.is_complex() else torch.float64
         norm = torch.linalg.vector_norm(gradients, dtype=widest).double()
     return norm
-
-
-def _unusable(name: str) -> ExchangeError:
-    return ExchangeError(
-        f"the gradient of parameter {name} is sparse or was taken away by another hook",
-        fix="use nn.Embedding(..., sparse=False), and do not clear gradients from hooks",
-    )
-
-
-def _differentiable(name: str) -> ExchangeError:
-    return ExchangeError(
-        f"the gradient of parameter {name} is to be differentiated again (create_graph=True), "
-        "which averaged gradients cannot be",
-        fix="compute such a gradient with torch.autograd.grad on the module itself (.module), and "
-        "call backward without create_graph",
-    )
 
 
 def _late(name: str, block: Block) -> ExchangeError:

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from hpctrain.comm.memory import ALIGN_BYTES, Slab
+from hpctrain.errors import ExchangeError
 from hpctrain.grad.blocks import Block, is_dense, layout, move, partition, slab_size
 
 CHANNELS_LAST = torch.zeros(4, 3, 2, 2).to(memory_format=torch.channels_last)
@@ -17,7 +18,9 @@ def parameters_of(
 
 
 def block_of(parameters: list[nn.Parameter]) -> Block:
-    return Block(0, range(len(parameters)), parameters, Slab.allocate(*slab_size(parameters)))
+    names = [f"p{i}" for i in range(len(parameters))]
+    slab = Slab.allocate(*slab_size(parameters))
+    return Block(0, range(len(parameters)), names, parameters, slab)
 
 
 def set_gradients(parameters: list[nn.Parameter]) -> list[torch.Tensor]:
@@ -222,15 +225,43 @@ def test_the_gradient_of_an_earlier_step_does_not_come_back() -> None:
     [
         torch.tensor([[1.0, 2], [3, 4]]).t(),
         torch.tensor([1.0, 2]).expand(2, 2),
-        torch.ones(2, 2, requires_grad=True) * 3,
     ],
-    ids=["transposed", "expanded", "with a graph"],
+    ids=["transposed", "expanded"],
 )
 def test_move_makes_the_view_the_gradient_whatever_it_was(gradient: torch.Tensor) -> None:
     [parameter] = parameters_of((2, 2))
     view = torch.full((2, 2), torch.nan)
     parameter.grad = gradient
-    move(parameter, view)
+    move(parameter, view, "p")
     assert parameter.grad is view
-    assert torch.equal(view, gradient.detach())
-    assert not view.requires_grad
+    assert torch.equal(view, gradient)
+
+
+@pytest.mark.parametrize(
+    ("gradient", "reason"),
+    [
+        (torch.ones(2, 2, requires_grad=True) * 3, "to be differentiated again"),
+        (torch.ones(2, 2).to_sparse(), "sparse"),
+    ],
+    ids=["with a graph", "sparse"],
+)
+@pytest.mark.parametrize("how", ["move", "deliver", "fill"])
+def test_a_gradient_that_cannot_be_averaged_is_refused(
+    gradient: torch.Tensor, reason: str, how: str
+) -> None:
+    parameters = parameters_of((2, 2))
+    block = block_of(parameters)
+    parameters[0].grad = gradient
+    calls = {
+        "move": lambda: move(parameters[0], block.views[0], "p0"),
+        "deliver": block.deliver,
+        "fill": block.fill,
+    }
+    with pytest.raises(ExchangeError, match=f"parameter p0.* {reason}"):
+        calls[how]()
+
+
+def test_a_delivered_block_lacks_no_gradient() -> None:
+    block = block_of(parameters_of((2, 2), (3,)))
+    with pytest.raises(ExchangeError, match="parameter p0"):
+        block.deliver()
