@@ -137,8 +137,12 @@ class Launch:
         try:
             out, err = process.communicate(timeout=limit_s)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            out, err = process.communicate()
+            process.terminate()  # the launcher ends its ranks, which are in groups of their own
+            try:
+                out, err = process.communicate(timeout=10)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                out, err = process.communicate()
             pytest.fail(f"no end after {limit_s} s:\n{out}\n{err}")
         return Ended(process.returncode, out, err, time.monotonic() - begun_s)
 
