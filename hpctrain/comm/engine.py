@@ -60,6 +60,8 @@ _yield_core = getattr(os, "sched_yield", lambda: time.sleep(0))
 
 POLL_S = 1e-4
 """Sleep of the progress thread between two polls while operations are in flight."""
+QUIET_POLLS = 3
+"""Polls without a sleep after the last one that moved something."""
 HOOK_POLL_S = 5e-5
 """Shortest time between two polls from hooks, for models with thousands of small parameters."""
 SPINS = 200
@@ -76,12 +78,16 @@ PROGRESS_MODES = ("thread", "hooks")
 class Ticket:
     """An operation that was posted: when it began and ended, and what it gave."""
 
-    __slots__ = ("begun_s", "bytes", "done", "error", "finished_s", "label", "number", "result")
+    __slots__ = (
+        *("begun_s", "bytes", "done", "error", "finished_s"),
+        *("held_bytes", "label", "number", "result"),
+    )
 
-    def __init__(self, label: str, number: int, nbytes: int) -> None:
+    def __init__(self, label: str, number: int, nbytes: int, held_bytes: int) -> None:
         self.label = label
         self.number = number
         self.bytes = nbytes
+        self.held_bytes = held_bytes
         self.begun_s = 0.0
         self.finished_s = 0.0
         self.done = False
@@ -136,16 +142,20 @@ class Channel:
         self._running: list[_Running] = []
         self._window: deque[Ticket] = deque()
         self._window_bytes = 0
+        self._resumed = 0
 
-    def post(self, operation: Operation, label: str, nbytes: int = 0) -> Ticket:
+    def post(
+        self, operation: Operation, label: str, nbytes: int = 0, held_bytes: int | None = None
+    ) -> Ticket:
         """Queue an operation and begin it if the engine is free. Returns at once.
 
         Args:
             operation: makes the generator; see the module's text.
             label: what messages and traces call it, for example "block 3".
             nbytes: payload on this rank, for traces.
+            held_bytes: what counts against the channel's `in_flight_bytes`; by default `nbytes`.
         """
-        ticket = Ticket(label, self.posted, nbytes)
+        ticket = Ticket(label, self.posted, nbytes, nbytes if held_bytes is None else held_bytes)
         self.posted += 1
         self._queue.append((ticket, operation))
         self.engine.attend(self)
@@ -173,9 +183,13 @@ class Channel:
         while self._queue and self._has_room(self._queue[0][0]):
             self._begin(*self._queue.popleft())
 
-    def advance(self) -> None:
-        """Resume what can be resumed, and begin what may begin. The engine calls it, locked."""
-        waiting = 0
+    def advance(self) -> bool:
+        """Resume what can be resumed, and begin what may begin. The engine calls it, locked.
+
+        Returns:
+            Whether anything was resumed.
+        """
+        before, waiting = self._resumed, 0
         for running in self._running:
             if not self._step(running):
                 waiting += 1
@@ -184,15 +198,16 @@ class Channel:
         if self._running:
             self._running = [r for r in self._running if not r.ticket.done]
         self.begin()
+        return self._resumed > before
 
     def _has_room(self, ticket: Ticket) -> bool:
         """Whether the operation may begin, after forgetting finished ones at the window's start."""
         window = self._window
         while window and window[0].done:
-            self._window_bytes -= window.popleft().bytes
+            self._window_bytes -= window.popleft().held_bytes
         if not window:
             return True
-        room = self._window_bytes + ticket.bytes <= self.in_flight_bytes
+        room = self._window_bytes + ticket.held_bytes <= self.in_flight_bytes
         return room and len(window) < IN_FLIGHT
 
     def excuse(self, pause_s: float) -> None:
@@ -203,7 +218,7 @@ class Channel:
     def _begin(self, ticket: Ticket, operation: Operation) -> None:
         ticket.begun_s = now_s()
         self._window.append(ticket)
-        self._window_bytes += ticket.bytes
+        self._window_bytes += ticket.held_bytes
         tag = ticket.number * TAGS_PER_OPERATION % FIRST_FIXED_TAG
         try:
             self._running.append(_Running(ticket, operation(self.comm, tag)))
@@ -216,6 +231,7 @@ class Channel:
         """Resume the operation as far as it goes; whether it is finished."""
         try:
             while running.has_come():
+                self._resumed += 1
                 running.awaited = running.steps.send(None)
             return False
         except StopIteration as end:
@@ -370,11 +386,14 @@ class Engine:
         elif self._shares_core or polls > SPINS:
             _yield_core()
 
-    def _advance(self) -> None:
+    def _advance(self) -> bool:
+        """Poll all channels; whether anything moved."""
         self._polled_s = now_s()
+        moved = False
         for channel in self._channels:
             if channel.busy:
-                channel.advance()
+                moved |= channel.advance()
+        return moved
 
     def _run(self) -> None:
         """The engine's thread: polls while there is traffic, and keeps the watch."""
@@ -382,10 +401,12 @@ class Engine:
         torch.set_num_threads(1)  # its sums must not wake a second team of threads
         self._single_threaded.set()
         watched_s = now_s()
+        quiet = 0
         try:
             while not self._closing:
                 if self.busy and self.progress == "thread" and not self._waiters:
-                    time.sleep(POLL_S)
+                    # Where something has just moved, more is about to.
+                    _yield_core() if quiet < QUIET_POLLS else time.sleep(POLL_S)
                 else:
                     self._wake.wait(WATCH_S)
                     self._wake.clear()
@@ -395,7 +416,7 @@ class Engine:
                     if MPI.Is_finalized():  # by the program itself
                         return
                     if self.progress == "thread" and not self._waiters:
-                        self._advance()
+                        quiet = 0 if self._advance() else quiet + 1
                     if now_s() - watched_s >= WATCH_S:
                         self._keep_watch(now_s() - watched_s)
                         watched_s = now_s()

@@ -96,7 +96,9 @@ class Reducer:
         """Start to average a slab. Returns at once; its content is undefined until all are done."""
         operations = self._operations[index]
         post = self._channel.post
-        return [post(operation, label, nbytes) for operation, nbytes in operations]
+        # Sums in shared memory hold no scratch, and all that are ready may be in flight.
+        held = 0 if self.ways[index] == "shared" else None
+        return [post(operation, label, nbytes, held) for operation, nbytes in operations]
 
     def summary(self) -> str:
         """How many slabs go which way."""
