@@ -6,7 +6,12 @@ import ctypes
 import gc
 import logging
 import mmap
+import shutil
+import subprocess
+import sys
 from collections import namedtuple
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -16,6 +21,9 @@ from hpctrain.comm import node
 from hpctrain.comm.collect import barrier_on
 from hpctrain.comm.engine import Engine, engine_of
 from hpctrain.comm.memory import ALIGN_BYTES, Counters
+
+if TYPE_CHECKING:
+    from conftest import Launch
 
 Files = namedtuple("Files", ["f_bavail", "f_frsize"])
 
@@ -64,6 +72,41 @@ def test_counters_are_reached_when_the_last_rank_has_announced() -> None:
     ranks[1].announce(1)
     assert all(counters.reached(1) for counters in ranks)
     assert not ranks[0].reached(2)
+
+
+def may_mount() -> bool:
+    tried = subprocess.run(
+        ["unshare", "-m", "mount", "-t", "tmpfs", "none", "/dev/shm"],
+        capture_output=True,
+        check=False,
+    )
+    return tried.returncode == 0
+
+
+@pytest.mark.launch
+def test_small_shared_memory_costs_speed_and_one_line(launch: Launch) -> None:
+    """As in a container: 64 MB of /dev/shm, and gradients of 36 MB on each of two ranks."""
+    if not shutil.which("unshare") or not may_mount():
+        pytest.skip("mounting a small /dev/shm needs root")
+    script = launch.script(
+        "import logging, torch, hpctrain\n"
+        "logging.basicConfig(level=logging.WARNING)\n"
+        "model = hpctrain.DataParallel(torch.nn.Linear(3000, 3000))\n"
+        "for _ in range(2): model(torch.ones(1, 3000)).sum().backward()\n"
+        "assert set(model.exchange.reducer.ways) == {'direct'}\n"
+    )
+    mpiexec = str(Path(sys.executable).with_name("mpiexec"))
+    small = 'mount -t tmpfs -o size=64m none /dev/shm && exec "$@"'
+    ended = subprocess.run(
+        ["unshare", "-m", "sh", "-c", small, "sh", mpiexec, "-n", "2", sys.executable, str(script)],
+        env=launch.environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr.count("not through node-shared memory: /dev/shm has") == 1
 
 
 # ------------------------------------------------------------------ on real ranks
