@@ -36,6 +36,10 @@ RANK_0_SPEAKS_S = 3.0
 """How long other ranks leave it to rank 0 to tell an error that all should have met."""
 
 
+FORWARD_S = 0.2
+"""Time for the launcher to read what was said last: MPICH's drops the rest when it ends."""
+
+
 class Role(Flag):
     """What a rank does. The root of a plain all-reduce job is a worker as well."""
 
@@ -136,6 +140,7 @@ class World:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):  # closed, or a pipe that nobody reads any more
                 stream.flush()
+        time.sleep(FORWARD_S)
         self.comm.Abort(int(code))
 
 
