@@ -2,7 +2,8 @@
 
 The way of one step, on every rank:
 
-1. Backward finishes a parameter's gradient; its hook moves it into the block's slab.
+1. Backward finishes a parameter's gradient; its hook moves it into the block's slab, or leaves that
+   to step 2 if it is small.
 2. When the last gradient of a block is there, the block is ready. Ready blocks are *released*
    to the engine in the agreed order, never in the order of arrival, so that ranks cannot cross.
 3. When backward ends, blocks that are still incomplete (unused parameters, a branch that this
