@@ -22,7 +22,7 @@ from hpctrain.errors import ExchangeError
 
 _log = logging.getLogger("hpctrain")
 
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 18
 """Largest operation by messages."""
 
 
