@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,9 @@ from hpctrain.errors import ExitCode, HpctrainError, JobError, UnfitError
 if TYPE_CHECKING:
     from hpctrain.job import LoadedJob
 
+
+ALONE_S = 1.5
+"""A rank that has not ended by then is alone with its error; comm.watch ends the run after 2 s."""
 
 STATUSES = """exit status:
   0    done
@@ -175,12 +179,23 @@ def _report(chosen: argparse.Namespace) -> int:
 
 
 def _say_once(error: HpctrainError) -> None:
-    """Show an error that every rank has met, from rank 0."""
+    """Show an error that every rank has met, from rank 0; from another if it is alone with it.
+
+    Ranks that all end do so at once. One that is alone waits for the others at the exit, until
+    they are ended because it has left: it speaks before that.
+    """
     from hpctrain.world import current, launched_rank
 
     world = current()
-    if (world.rank if world else launched_rank(os.environ)) == 0:
-        print(f"hpctrain: {error}", file=sys.stderr, flush=True)
+    rank = world.rank if world else launched_rank(os.environ)
+    text = f"hpctrain: {error}\n"
+    if rank == 0:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+    elif world:
+        alone = threading.Timer(ALONE_S, os.write, (2, f"rank {rank}: {text}".encode()))
+        alone.daemon = True
+        alone.start()
 
 
 if __name__ == "__main__":

@@ -19,11 +19,14 @@ import math
 import types
 import typing
 from collections.abc import Collection, Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from hpctrain.errors import HpctrainError, JobError
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 
 _NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
 
@@ -77,7 +80,7 @@ def read(cls: type[T], table: object, where: str, mistakes: list[str]) -> T | No
         return None
     found_before = len(mistakes)
     hints = typing.get_type_hints(cls)
-    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    fields = {field.name: field for field in dataclasses.fields(cls)}
     values: dict[str, Any] = {}
     for name in table:
         if name not in fields:

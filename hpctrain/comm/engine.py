@@ -49,7 +49,7 @@ LANES = 8_191
 """Pairs of fixed tags below 32,767, the largest tag that MPI guarantees."""
 
 IN_FLIGHT_BYTES = 8 << 20
-"""Payload of a channel that may be in flight, unless a single operation has more."""
+"""Scratch of a channel's operations that may be in flight, unless a single one needs more."""
 IN_FLIGHT = 64
 """Operations of a channel that may be in flight."""
 LOOK_AHEAD = 4
@@ -116,8 +116,8 @@ class Channel:
     """A communicator of its own, whose operations begin in the order in which they were posted.
 
     All ranks must post the same operations in the same order; channels are independent of each
-    other. From the oldest unfinished operation on, those that have begun carry at most
-    `in_flight_bytes` together, which bounds their scratch memory.
+    other. From the oldest unfinished operation on, those that have begun hold at most
+    `in_flight_bytes` of scratch together, unless a single one needs more.
     """
 
     def __init__(

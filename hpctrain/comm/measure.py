@@ -18,7 +18,7 @@ from hpctrain.comm.collect import all_gather, barrier_on
 from hpctrain.comm.engine import PROGRESS_MODES, Channel, Engine, Operation, Steps
 from hpctrain.comm.memory import Slab
 from hpctrain.comm.reducer import ReduceOptions, Reducer
-from hpctrain.comm.select import Tried
+from hpctrain.comm.select import Tried, median_of_slowest
 from hpctrain.trace import now_s
 
 CLOCK_ROUNDS = 20
@@ -149,9 +149,8 @@ def progress_trial(engine: Engine) -> dict[str, float]:
             times[mode].append(now_s() - begun_s)
     engine.progress = before
     channel.abandon()
-    medians = {mode: statistics.median(taken[1:]) for mode, taken in times.items()}
-    gathered = all_gather(engine.control, medians)
-    return {mode: max(rank[mode] for rank in gathered) for mode in PROGRESS_MODES}
+    everyones = all_gather(engine.control, {mode: taken[1:] for mode, taken in times.items()})
+    return {mode: median_of_slowest([rank[mode] for rank in everyones]) for mode in times}
 
 
 def measure_all_reduce(engine: Engine, sizes: Sequence[int]) -> list[Tried]:

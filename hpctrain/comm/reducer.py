@@ -10,12 +10,14 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
+from typing import NamedTuple
 
 import torch
 
 from hpctrain.comm import reduce
-from hpctrain.comm.engine import IN_FLIGHT, IN_FLIGHT_BYTES, Channel, Operation, Ticket
-from hpctrain.comm.memory import ALIGN_BYTES, ScratchRing, Slab, aligned
+from hpctrain.comm.engine import IN_FLIGHT_BYTES, Channel, Operation, Ticket
+from hpctrain.comm.memory import ScratchRing, Slab, aligned
 from hpctrain.comm.node import shared_slabs
 from hpctrain.comm.select import Tried, kind_of, select
 from hpctrain.errors import ExchangeError
@@ -37,6 +39,12 @@ class ReduceOptions:
     chunk_bytes: int = CHUNK_BYTES
 
 
+class _Planned(NamedTuple):
+    operation: Operation
+    nbytes: int
+    scratch_bytes: int
+
+
 class Reducer:
     """Averages slabs over the ranks of a channel. Collective in the same order on all ranks."""
 
@@ -45,7 +53,7 @@ class Reducer:
         self._options = options
         self._wire = reduce.WIRE_DTYPES[options.wire]
         self._nodes = channel.engine.world.nodes
-        self._operations: list[list[tuple[Operation, int]]] = []
+        self._planned: list[list[_Planned]] = []
         self.ways: list[str] = []
         """The way of each slab; empty with a single rank."""
         self.tried: list[Tried] = []
@@ -82,23 +90,17 @@ class Reducer:
         ):
             self.ways = list(ways)
         else:
-            self.tried = select(self._channel, slabs, self._possible, self._trial_operations)
-            chosen = {
-                kind: tried.way
-                for kind, tried in zip(dict.fromkeys(map(kind_of, slabs)), self.tried, strict=True)
-            }
-            self.ways = [chosen[kind_of(slab)] for slab in slabs]
+            found = select(self._channel, slabs, self._possible, self._trial_operations)
+            self.tried = list(found.values())
+            self.ways = [found[kind_of(slab)].way for slab in slabs]
             if any(tried.times_s for tried in self.tried):
                 _log.info("blocks are summed: %s", "; ".join(map(str, self.tried)))
         self._plan(slabs)
 
     def post(self, index: int, label: str) -> list[Ticket]:
         """Start to average a slab. Returns at once; its content is undefined until all are done."""
-        operations = self._operations[index]
         post = self._channel.post
-        # Sums in shared memory hold no scratch, and all that are ready may be in flight.
-        held = 0 if self.ways[index] == "shared" else None
-        return [post(operation, label, nbytes, held) for operation, nbytes in operations]
+        return [post(p.operation, label, p.nbytes, p.scratch_bytes) for p in self._planned[index]]
 
     def summary(self) -> str:
         """How many slabs go which way."""
@@ -114,6 +116,8 @@ class Reducer:
             narrow=self._options.wire != "same",
         )
         forced = self._options.way
+        if forced == "two_level" and len(self._nodes) == 1:
+            forced = "shared"  # which is the lower of the two levels
         if forced == "native" and reduce.is_native(slab.tensor.dtype):
             return [forced]
         if forced in ("direct", "ring") or forced in ways:
@@ -121,24 +125,27 @@ class Reducer:
         return ways
 
     def _plan(self, slabs: Sequence[Slab]) -> None:
-        size, options = self._channel.size, self._options
         parts = [_parts(way, slab) for way, slab in zip(self.ways, slabs, strict=True)]
         needed = [
             [self._scratch_bytes(way, part) for part in cut]
             for way, cut in zip(self.ways, parts, strict=True)
         ]
         flat = [nbytes for cut in needed for nbytes in cut]
-        # Operations in flight are bounded by their payload; the scratch of a tiny one is larger.
-        in_flight = options.in_flight_bytes + IN_FLIGHT * (size * 16 + ALIGN_BYTES)
-        ring = ScratchRing(min(in_flight, sum(flat)), max(flat, default=0))
-        lane = 0
+        # The channel lets operations begin as long as their scratch fits in `in_flight_bytes`.
+        in_flight = min(self._options.in_flight_bytes, sum(flat))
+        ring = ScratchRing(in_flight, max(flat, default=0))
+        lanes = count()
         for way, cut, sizes in zip(self.ways, parts, needed, strict=True):
-            planned = []
-            for part, nbytes in zip(cut, sizes, strict=True):
-                operation = self._operation(way, part, lane, ring.part(nbytes))
-                planned.append((operation, part.nbytes))
-                lane += 1
-            self._operations.append(planned)
+            self._planned.append(
+                [
+                    _Planned(
+                        self._operation(way, part, next(lanes), ring.part(nbytes)),
+                        part.nbytes,
+                        nbytes,
+                    )
+                    for part, nbytes in zip(cut, sizes, strict=True)
+                ]
+            )
 
     def _scratch_bytes(self, way: str, part: Slab) -> int:
         nbytes = reduce.scratch_bytes(

@@ -40,7 +40,10 @@ class Tried:
         return f"{size_text(self.nbytes)} of {str(self.dtype)[6:]} by {self.way} ({times})"
 
 
-def kind_of(slab: Slab) -> tuple[torch.dtype, int]:
+Kind = tuple[torch.dtype, int]
+
+
+def kind_of(slab: Slab) -> Kind:
     """Slabs of one kind, the same dtype and about the same size, are summed the same way."""
     return slab.tensor.dtype, round(math.log(max(1, slab.nbytes), 4))
 
@@ -50,7 +53,7 @@ def select(
     slabs: Sequence[Slab],
     ways: Callable[[Slab], Sequence[str]],
     operations: Callable[[str, Slab], Sequence[Operation]],
-) -> list[Tried]:
+) -> dict[Kind, Tried]:
     """Try the possible ways for each kind of slab. Collective; slabs keep their content.
 
     Args:
@@ -60,20 +63,21 @@ def select(
         operations: what sums a slab in a way.
 
     Returns:
-        One entry a kind, of its largest slab.
+        What was found with the largest slab of each kind.
     """
-    largest: dict[tuple[torch.dtype, int], Slab] = {}
+    largest: dict[Kind, Slab] = {}
     for slab in slabs:
         kind = kind_of(slab)
         if kind not in largest or slab.nbytes > largest[kind].nbytes:
             largest[kind] = slab
-    tried = []
-    for slab in largest.values():
+    tried = {}
+    for kind, slab in largest.items():
         candidates = list(ways(slab))
         times: Mapping[str, float] = {}
         if len(candidates) > 1:
             times = _try(channel, slab, {way: operations(way, slab) for way in candidates})
-        tried.append(Tried(slab.tensor.dtype, slab.nbytes, times, fastest(times) or candidates[0]))
+        way = fastest(times) or candidates[0]
+        tried[kind] = Tried(slab.tensor.dtype, slab.nbytes, times, way)
     return tried
 
 
@@ -106,11 +110,17 @@ def _try(channel: Channel, slab: Slab, arms: Mapping[str, Sequence[Operation]]) 
             rounds = 1 + max(1, min(ROUNDS, int(BUDGET_S / round_s)))
     slab.tensor.copy_(content)
     everyones = all_gather(channel, {way: taken[1:] for way, taken in times.items()})
-    medians = {}
-    for way in arms:
-        turns = zip(*(times[way] for times in everyones), strict=True)
-        medians[way] = statistics.median(max(turn) for turn in turns)
-    return medians
+    return {way: median_of_slowest([rank[way] for rank in everyones]) for way in arms}
+
+
+def median_of_slowest(times_s: Sequence[Sequence[float]]) -> float:
+    """Median, over turns, of the time of the rank that was slowest in each turn.
+
+    Args:
+        times_s: of each rank, its times turn by turn.
+    """
+    slowest: list[float] = [max(turn) for turn in zip(*times_s, strict=True)]
+    return statistics.median(slowest)
 
 
 def size_text(nbytes: int) -> str:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 from mpi4py import MPI
@@ -163,20 +164,20 @@ class Watch:
             if rank != self._world.rank:
                 self._send(rank, "ask", {})
 
-    def _handle(self, kind: str, body: dict[str, object]) -> None:
+    def _handle(self, kind: str, body: dict[str, Any]) -> None:
         if kind == "ask":
-            self._send(int(str(body["from"])), "status", asdict(self._status()))
+            self._send(body["from"], "status", asdict(self._status()))
         elif kind == "status" and self._inquiry:
-            status = Status(**{k: v for k, v in body.items() if k != "from"})  # type: ignore[arg-type]
+            status = Status(**{k: v for k, v in body.items() if k != "from"})
             self._inquiry.answers[status.rank] = status
         elif kind == "left":
-            self._gone.append(body["posted"])  # type: ignore[arg-type]
+            self._gone.append(body["posted"])
         elif kind == "stall":
-            pending = Pending(**body["pending"])  # type: ignore[arg-type]
-            key = (pending.channel, pending.number, bool(body["final"]))
+            pending = Pending(**body["pending"])
+            key = (pending.channel, pending.number, body["final"])
             if key not in self._told:
                 self._told.add(key)
-                self._inquire(pending, bool(body["final"]))
+                self._inquire(pending, body["final"])
 
     def _conclude(self, inquiry: _Inquiry) -> None:
         """Say what the inquiry found; the second watcher speaks only if the first is silent."""
@@ -201,7 +202,7 @@ class Watch:
         mail = json.dumps({"kind": kind, "from": self._world.rank, **body}).encode()
         self._outbox.append((self._comm.Isend([mail, MPI.BYTE], rank), mail))
 
-    def _read_mail(self) -> Iterable[tuple[str, dict[str, object]]]:
+    def _read_mail(self) -> Iterable[tuple[str, dict[str, Any]]]:
         status = MPI.Status()
         while self._inbox.Test(status):
             body = json.loads(bytes(self._mail[: status.Get_count(MPI.BYTE)]))

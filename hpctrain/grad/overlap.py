@@ -4,8 +4,9 @@ The way of one step, on every rank:
 
 1. Backward finishes a parameter's gradient; its hook moves it into the block's slab, or leaves that
    to step 2 if it is small.
-2. When the last gradient of a block is there, the block is ready. Ready blocks are *released*
-   to the engine in the agreed order, never in the order of arrival, so that ranks cannot cross.
+2. When the last gradient of a block is there, the block is ready. Ready blocks are *released* in
+   the agreed order, never in the order of arrival, so that ranks cannot cross: the reducer
+   (comm/reducer.py) posts them to the engine in the way (comm/reduce/) that it chose for each.
 3. When backward ends, blocks that are still incomplete (unused parameters, a branch that this
    rank did not take) are released as they are, and the call waits for all of them.
 
@@ -79,7 +80,7 @@ class ExchangeConfig:
     progress: str = option("auto", choices=("auto", *PROGRESS_MODES))
     """Who moves blocks while backward runs; auto tries it out on the first steps (grad.trial)."""
     in_flight_bytes: int = option(IN_FLIGHT_BYTES, minimum=1)
-    """Gradients on the wire at a time; bounds the memory for messages."""
+    """Memory for messages that are on the wire at a time."""
     chunk_bytes: int = option(CHUNK_BYTES, minimum=64)
     """Largest message operation; larger blocks are cut, so that sums and messages overlap."""
     deadline_s: float = option(300.0, above=0)
@@ -91,6 +92,11 @@ class ExchangeConfig:
             raise ExchangeError(
                 "way = 'native' sums in an order and a type that the MPI library chooses",
                 allowed="way = 'direct' or 'auto' with deterministic = true or a 16-bit wire",
+            )
+        if self.way == "ring" and self.deterministic:
+            raise ExchangeError(
+                "way = 'ring' sums an element in an order that depends on its place in the block",
+                allowed="way = 'auto', 'direct', 'shared' or 'two_level' with deterministic = true",
             )
 
 

@@ -8,8 +8,9 @@ nothing but a few slower steps.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
+
+from hpctrain.comm.select import median_of_slowest
 
 MODES = ("thread", "hooks", "after")
 """Progress by a thread, by hooks, or not at all before backward has ended."""
@@ -47,5 +48,7 @@ def medians(times_s: Sequence[Sequence[float]]) -> dict[str, float]:
     Args:
         times_s: what each rank recorded.
     """
-    slowest = [max(step) for step in zip(*times_s, strict=True)]
-    return {mode: statistics.median(slowest[i :: len(MODES)]) for i, mode in enumerate(MODES)}
+    return {
+        mode: median_of_slowest([rank[place :: len(MODES)] for rank in times_s])
+        for place, mode in enumerate(MODES)
+    }

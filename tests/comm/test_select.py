@@ -52,7 +52,7 @@ def test_the_faster_way_is_found_and_contents_are_kept(world: World) -> None:
 
         return [steps]
 
-    [tried] = select(channel, [slab], lambda _: ["slow", "fast"], operations)
+    [tried] = select(channel, [slab], lambda _: ["slow", "fast"], operations).values()
     assert tried.way == "fast"
     assert set(tried.times_s) == {"slow", "fast"}
     assert (slab.tensor == world.rank).all()

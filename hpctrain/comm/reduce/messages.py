@@ -7,6 +7,7 @@ least that an all-reduce can do (Patarasuk and Yuan, 2009).
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -17,7 +18,7 @@ from hpctrain.comm.memory import aligned, buffer_of
 from hpctrain.comm.reduce.sums import SumInOrder, slices
 
 
-class _Planned:
+class _Planned(ABC):
     """What both have in common: planned on the first communicator that they run on.
 
     Args:
@@ -60,17 +61,31 @@ class _Planned:
             self._planned_for = comm
         assert self._planned_for is comm, "planned for another channel"
 
+    @abstractmethod
+    def __call__(self, comm: MPI.Intracomm, tag: int) -> Steps:
+        """The operation."""
+
+    @abstractmethod
     def _plan(
         self, comm: MPI.Intracomm, members: tuple[int, ...], here: int, scratch: torch.Tensor
     ) -> None:
-        raise NotImplementedError
+        """Make all requests and views."""
 
     @staticmethod
+    @abstractmethod
+    def inboxes(members: int) -> int:
+        """Slices that a member receives before it may sum."""
+
+    @classmethod
     def scratch_bytes(
-        count: int, dtype: torch.dtype, wire: torch.dtype | None, members: int
+        cls, count: int, dtype: torch.dtype, wire: torch.dtype | None, members: int
     ) -> int:
-        """Temporary memory for `count` elements."""
-        raise NotImplementedError
+        """Temporary memory for `count` elements: inboxes, and the elements as they are sent."""
+        narrow = narrower(wire, dtype)
+        inbox = cls.inboxes(members) * -(-count // members)
+        if narrow is None:
+            return inbox * dtype.itemsize
+        return aligned(count * narrow.itemsize) + inbox * narrow.itemsize
 
     def _split_scratch(self, scratch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The elements as they go on the wire, and an inbox of the same dtype."""
@@ -105,15 +120,9 @@ class Direct(_Planned):
             self._slab.copy_(self._wire)
 
     @staticmethod
-    def scratch_bytes(
-        count: int, dtype: torch.dtype, wire: torch.dtype | None, members: int
-    ) -> int:
-        """Temporary memory for `count` elements."""
-        narrow = narrower(wire, dtype)
-        inbox = (members - 1) * -(-count // members)
-        if narrow is None:
-            return inbox * dtype.itemsize
-        return aligned(count * narrow.itemsize) + inbox * narrow.itemsize
+    def inboxes(members: int) -> int:
+        """One from each other member."""
+        return members - 1
 
     def _plan(
         self, comm: MPI.Intracomm, members: tuple[int, ...], here: int, scratch: torch.Tensor
@@ -175,15 +184,9 @@ class Ring(_Planned):
             self._slab.copy_(self._wire)
 
     @staticmethod
-    def scratch_bytes(
-        count: int, dtype: torch.dtype, wire: torch.dtype | None, members: int
-    ) -> int:
-        """Temporary memory for `count` elements."""
-        narrow = narrower(wire, dtype)
-        inbox = -(-count // members) if members > 1 else 0
-        if narrow is None:
-            return inbox * dtype.itemsize
-        return aligned(count * narrow.itemsize) + inbox * narrow.itemsize
+    def inboxes(members: int) -> int:
+        """One at a time, from the left neighbour."""
+        return min(1, members - 1)
 
     def _plan(
         self, comm: MPI.Intracomm, members: tuple[int, ...], here: int, scratch: torch.Tensor

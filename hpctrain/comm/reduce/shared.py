@@ -51,11 +51,10 @@ class SharedSum:
         cuts = slices(
             slab.tensor.numel(), place.lanes, max(1, ALIGN_BYTES // slab.tensor.element_size())
         )
-        self._works = place.local_rank < place.lanes
         self._across = None
         self._sum = self._spread = None
-        if not self._works:
-            return
+        if place.local_rank >= place.lanes:
+            return  # nodes of fewer ranks have no partner for this one
         cut = cuts[place.local_rank]
         parts = [part[cut] for part in place.parts]
         mine = parts[place.local_rank]
@@ -65,7 +64,7 @@ class SharedSum:
             return
         self._sum = SumInOrder([mine], parts, scale)
         self._across = between(mine, 1.0, wire, place.across, scratch, lane)
-        self._spread = SumInOrder([*others], [mine], 1.0) if others else None
+        self._spread = SumInOrder(others, [mine], 1.0) if others else None
 
     def __call__(self, comm: MPI.Intracomm, tag: int) -> Steps:
         """The operation."""
