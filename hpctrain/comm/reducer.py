@@ -76,12 +76,20 @@ class Reducer:
             for count, dtype in zip(counts, dtypes, strict=True)
         ]
 
-    def plan(self, slabs: Sequence[Slab], ways: Sequence[str] = ()) -> None:
+    def plan(
+        self,
+        slabs: Sequence[Slab],
+        ways: Sequence[str] = (),
+        sequence: Sequence[int] | None = None,
+    ) -> None:
         """Choose the way of each slab and plan its operations. Collective; contents are kept.
 
+        Again for another sequence, with no operation in flight.
+
         Args:
-            slabs: in the order in which they will be posted.
-            ways: chosen by an earlier run, to be kept where they are possible.
+            slabs: the same on all ranks.
+            ways: chosen earlier, to be kept where they are possible.
+            sequence: the order in which they will be posted, if it is not their own.
         """
         if self._channel.size == 1:
             return
@@ -95,7 +103,7 @@ class Reducer:
             self.ways = [found[kind_of(slab)].way for slab in slabs]
             if any(tried.times_s for tried in self.tried):
                 _log.info("blocks are summed: %s", "; ".join(map(str, self.tried)))
-        self._plan(slabs)
+        self._plan(slabs, range(len(slabs)) if sequence is None else sequence)
 
     def post(self, index: int, label: str) -> list[Ticket]:
         """Start to average a slab. Returns at once; its content is undefined until all are done."""
@@ -124,7 +132,7 @@ class Reducer:
             return [forced]
         return ways
 
-    def _plan(self, slabs: Sequence[Slab]) -> None:
+    def _plan(self, slabs: Sequence[Slab], sequence: Sequence[int]) -> None:
         parts = [_parts(way, slab) for way, slab in zip(self.ways, slabs, strict=True)]
         needed = [
             [self._scratch_bytes(way, part) for part in cut]
@@ -135,17 +143,16 @@ class Reducer:
         in_flight = min(self._options.in_flight_bytes, sum(flat))
         ring = ScratchRing(in_flight, max(flat, default=0))
         lanes = count()
-        for way, cut, sizes in zip(self.ways, parts, needed, strict=True):
-            self._planned.append(
-                [
-                    _Planned(
-                        self._operation(way, part, next(lanes), ring.part(nbytes)),
-                        part.nbytes,
-                        nbytes,
-                    )
-                    for part, nbytes in zip(cut, sizes, strict=True)
-                ]
-            )
+        self._planned = [[] for _ in slabs]
+        for index in sequence:
+            self._planned[index] = [
+                _Planned(
+                    self._operation(self.ways[index], part, next(lanes), ring.part(nbytes)),
+                    part.nbytes,
+                    nbytes,
+                )
+                for part, nbytes in zip(parts[index], needed[index], strict=True)
+            ]
 
     def _scratch_bytes(self, way: str, part: Slab) -> int:
         nbytes = reduce.scratch_bytes(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from math import prod
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -17,6 +18,22 @@ from torch import nn
 from hpctrain.comm.engine import Ticket
 from hpctrain.comm.memory import ALIGN_BYTES, Slab
 from hpctrain.errors import ExchangeError
+
+
+class OnTheWire(torch.Tensor):
+    """Stands for a gradient that is not there yet, so that nobody mistakes a part for the sum."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> NoReturn:
+        """Refuse everything."""
+        raise ExchangeError(
+            "a gradient is still on the wire, since next_forward lets the next forward begin first",
+            fix="call model.wait_for_gradients() before you look at gradients or change them, "
+            "as clipping does",
+            everywhere=True,
+        )
 
 
 class Block:
@@ -32,6 +49,7 @@ class Block:
         gradients: the slab without its flags.
         delivered: whether hooks have brought every gradient into the slab in this step.
         missing: parameters whose gradient backward has not yet finished in this step.
+        ready_s: when backward had finished the last of them, since its beginning.
         tickets: the operations that reduce the slab, while they are under way.
     """
 
@@ -67,6 +85,8 @@ class Block:
         self._flags = real.view(bits[real.element_size()]).numpy()
         self._set = self._flags[0].copy()
         self.missing = len(parameters)
+        self.ready_s = 0.0
+        self._hidden: tuple[torch.Tensor, ...] = ()
         self.tickets: list[Ticket] = []
         self.delivered = False
         self.released = False
@@ -120,20 +140,63 @@ class Block:
             ExchangeError: a gradient is not the one that was exchanged.
         """
         if self.delivered:  # used by this rank, and every gradient is its view
-            for name, parameter, view in zip(self.names, self.parameters, self.views, strict=True):
-                if parameter.grad is not view:
-                    raise ExchangeError(
-                        f"the gradient of parameter {name} was replaced by another hook after it "
-                        f"had been handed over with {self.label}",
-                        fix="change gradients in place, after backward or in a hook on the tensor",
-                    )
+            self._check_kept()
             return
-        used = (self._flags != 0).tolist()
-        for parameter, view, is_used in zip(self.parameters, self.views, used, strict=True):
+        for parameter, view, is_used in zip(self.parameters, self.views, self._used(), strict=True):
             if not is_used:
                 parameter.grad = None
             elif parameter.grad is not view:
                 parameter.grad = view
+
+    def hide(self) -> None:
+        """Instead of `settle`, before the sum is there: refuse every look at a gradient.
+
+        Raises:
+            ExchangeError: a gradient is not the one that is being exchanged.
+        """
+        if self.delivered:
+            self._check_kept()
+        if not self._hidden:
+            self._hidden = tuple(
+                torch.zeros((), dtype=view.dtype).expand(view.shape).as_subclass(OnTheWire)
+                for view in self.views
+            )
+        for parameter, hidden in zip(self.parameters, self._hidden, strict=True):
+            parameter.grad = hidden
+
+    def withhold(self) -> list[int]:
+        """Take hidden gradients away from an optimizer's step; the places of their parameters.
+
+        Others were taken away by the program, so that they count for nothing.
+        """
+        places = []
+        for place, parameter in enumerate(self.parameters):
+            if parameter.grad is self._hidden[place]:
+                parameter.grad = None
+                places.append(place)
+        return places
+
+    def reveal(self, places: Sequence[int] | None = None) -> None:
+        """After the sum: show gradients that are hidden, or those of the parameters at `places`."""
+        used = self._used()
+        for place in range(len(self.parameters)) if places is None else places:
+            parameter = self.parameters[place]
+            if places is not None or parameter.grad is self._hidden[place]:
+                parameter.grad = self.views[place] if used[place] else None
+
+    def _used(self) -> list[bool]:
+        """Of each parameter, whether some rank has a gradient, once the sum is there."""
+        used: list[bool] = (self._flags != 0).tolist()
+        return used
+
+    def _check_kept(self) -> None:
+        for name, parameter, view in zip(self.names, self.parameters, self.views, strict=True):
+            if parameter.grad is not view:
+                raise ExchangeError(
+                    f"the gradient of parameter {name} was replaced by another hook after it "
+                    f"had been handed over with {self.label}",
+                    fix="change gradients in place, after backward or in a hook on the tensor",
+                )
 
 
 def slab_size(parameters: Sequence[nn.Parameter]) -> tuple[int, torch.dtype]:

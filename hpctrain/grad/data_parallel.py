@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from hpctrain.comm.engine import engine_of
 from hpctrain.errors import ExchangeError
 from hpctrain.grad import replicas
+from hpctrain.grad.next_forward import BlockCheck, NextForward
 from hpctrain.grad.overlap import Exchange, ExchangeConfig
 from hpctrain.world import World, join
 
@@ -59,13 +61,18 @@ class DataParallel(nn.Module):
         )
         replicas.broadcast_state(control, module)
         replicas.check_same_values(control, self.world, module)
-        self.exchange.buffers = replicas.BufferSync(
-            module, self.exchange.channel, self.exchange.config.buffers
-        )
+        channel = self.exchange.channel
+        if self.exchange.config.next_forward:  # so that buffers need not wait behind blocks
+            channel = engine.channel(f"buffers {DataParallel._made}")
+            weakref.finalize(self, channel.abandon)
+        self.exchange.buffers = replicas.BufferSync(module, channel, self.exchange.config.buffers)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward."""
         self._prepare()
+        later = self.exchange.later
+        if later and later.is_observing and torch.is_grad_enabled():
+            return self._mark(self._observe(later, args, kwargs))
         return self._mark(self.module(*args, **kwargs))
 
     def __getattr__(self, name: str) -> Any:
@@ -81,6 +88,44 @@ class DataParallel(nn.Module):
         with self.exchange.local():
             yield
 
+    def overlap_step(
+        self, optimizer: torch.optim.Optimizer, check: BlockCheck | None = None
+    ) -> None:
+        """Have the optimizer's steps taken block by block, each before the next forward needs it.
+
+        For `ExchangeConfig(next_forward=True)`; before the first backward. Not collective. From
+        then on backward returns while gradients are on the wire, and gradients may be looked at
+        only after `wait_for_gradients`; parameters between a step and the next forward may be
+        those before the step. `state_dict` of the module and of the optimizer, and forwards
+        without gradients, wait by themselves. A step consumes gradients: `grad` is None after it.
+
+        Args:
+            optimizer: any of torch.optim but LBFGS and SparseAdam.
+            check: called with each block when its average is there, before it is used; may raise.
+
+        Raises:
+            ExchangeError: the optimizer does not treat every parameter by itself, or `next_forward`
+                is false.
+        """
+        exchange = self.exchange
+        if not exchange.config.next_forward:
+            raise ExchangeError(
+                "overlap_step without next_forward",
+                fix="wrap with hpctrain.ExchangeConfig(next_forward=True)",
+                everywhere=True,
+            )
+        exchange.later = NextForward(
+            exchange.engine, self.module, exchange.parameters, optimizer, check
+        )
+
+    def wait_for_gradients(self) -> None:
+        """Wait for gradients that are still on the wire, so that `grad` can be read and changed.
+
+        Does nothing without `next_forward`, where backward has waited already. Not collective.
+        """
+        if self.exchange.later:
+            self.exchange.later.settle()
+
     def check_in_sync(self) -> None:
         """Make sure that parameters have the same bits on all ranks. Collective.
 
@@ -89,10 +134,13 @@ class DataParallel(nn.Module):
             ExchangeError: a parameter is not among those that are averaged.
         """
         self._refuse_other_parameters()
+        self.wait_for_gradients()
         replicas.check_same_values(self.exchange.engine.control, self.world, self.module)
 
     @torch.compiler.disable
     def _prepare(self) -> None:
+        if self.exchange.later:
+            self.exchange.later.before_forward(torch.is_grad_enabled())
         if torch.is_grad_enabled():
             self.exchange.check_idle()
             for name, parameter in self._frozen:
@@ -104,6 +152,10 @@ class DataParallel(nn.Module):
             if self._forwards < 4 or self._forwards % 64 == 0:
                 self._refuse_other_parameters()
             self._forwards += 1
+
+    @torch.compiler.disable
+    def _observe(self, later: NextForward, args: Any, kwargs: Any) -> Any:
+        return later.observe(lambda: self.module(*args, **kwargs))
 
     def _refuse_other_parameters(self) -> None:
         """Refuse parameters that were added or replaced, whose gradients would not be averaged.
@@ -124,6 +176,8 @@ class DataParallel(nn.Module):
         a backward nested inside, under re-entrant checkpointing, which ends too early.
         """
         if torch.is_grad_enabled():
+            if self.exchange.later:
+                self.exchange.later.after_forward()
             for tensor in tree_leaves(outputs):
                 # A parameter that is returned as it is would collect a hook at each forward.
                 if isinstance(tensor, torch.Tensor) and tensor.grad_fn is not None:

@@ -44,7 +44,10 @@ from hpctrain.comm.memory import release_freed
 from hpctrain.comm.reducer import CHUNK_BYTES, ReduceOptions, Reducer
 from hpctrain.config import check, option
 from hpctrain.errors import ExchangeError
+from hpctrain.grad import priority
 from hpctrain.grad.blocks import Block, move, partition, slab_size, usable
+from hpctrain.grad.next_forward import NextForward
+from hpctrain.grad.priority import StepTimes
 from hpctrain.grad.replicas import BUFFER_MODES, BufferSync
 from hpctrain.grad.trial import Trial, medians
 from hpctrain.trace import COMPUTE, now_s
@@ -67,6 +70,9 @@ class ExchangeConfig:
     """Every rank computes its share of the batch; gradients are averaged over all ranks."""
     overlap: bool = True
     """Send a block while backward computes the next; false sends all blocks after backward."""
+    next_forward: bool = False
+    """Let the next forward begin while blocks are on the wire, and update each before it is needed;
+    in a loop of your own, see DataParallel.overlap_step."""
     block_bytes: int = option(4 << 20, minimum=1)
     """Largest block, unless a single parameter is larger."""
     wire: str = option("same", choices=tuple(reduce.WIRE_DTYPES))
@@ -148,10 +154,16 @@ class Exchange:
             self._trial = Trial() if self.world.size > 1 else None
             self.progress = "hooks"
         self._begun_s = 0.0
+        self._finished_s = now_s()
+        self.later: NextForward | None = None
+        """Lets the next forward begin before all blocks are there; set by `overlap_step`."""
 
         self._blocks: list[Block] | None = None
         self._local = False
         self._armed = False
+        self.wire_order: list[int] = []
+        """Blocks in the order in which they go on the wire."""
+        self._seen_times: list[StepTimes] | None = []
         self._next = 0
         self._arrivals: list[int] = [1] * len(self.parameters)
         self._due: list[int] = []
@@ -182,6 +194,11 @@ class Exchange:
         return self._blocks or ()
 
     @property
+    def order_is_settled(self) -> bool:
+        """Whether the order of the wire will not change any more, with `next_forward`."""
+        return self._seen_times is None
+
+    @property
     def is_trying(self) -> bool:
         """Whether the way in which blocks are moved is still being tried out."""
         return self._trial is not None
@@ -198,6 +215,8 @@ class Exchange:
     def begin(self) -> None:
         """A backward has begun: exchange when it ends. Called from inside backward."""
         if not self._local and not self._armed:
+            if self.later:
+                self.later.before_backward()
             self._armed = True
             self._begun_s = now_s()
             if self._position_is_mine:
@@ -237,28 +256,55 @@ class Exchange:
         backward, calls it instead.
         """
         ended_s = now_s()
+        later = self.later
+        if self.config.next_forward and not later:
+            raise ExchangeError(
+                "next_forward = true needs the optimizer, to update each block when it has come",
+                fix="call model.overlap_step(optimizer) once, before the first backward",
+                everywhere=True,
+            )
+        if later and not self._armed:  # this rank has had no forward that needed the updates
+            later.settle()
         if self._blocks is None:
             self._build()
         assert self._blocks is not None
-        for block in self._blocks[self._next :]:
+        for number in self.wire_order[self._next :]:
+            block = self._blocks[number]
+            if block.missing or self.progress == "after":
+                block.ready_s = ended_s - self._begun_s if self._armed else 0.0
             block.fill()
             self._release(block)
         if self.buffers:
             self.buffers.post(self.weight)
-        for block in self._blocks:
-            for ticket in block.tickets:
-                self.engine.wait(ticket)
-            block.settle()
-        if self.buffers:
-            self.buffers.finish()
-        self.exposed_s = now_s() - ended_s
+        in_order = [self._blocks[number] for number in self.wire_order]
+        if later:
+            self._put_in_order(later, in_order)
+            later.owe(in_order, self.buffers)
+        else:
+            for block in in_order:
+                self._wait(block)
+                block.settle()
+            if self.buffers:
+                self.buffers.finish()
+        waited_s = now_s() - ended_s
+        self.exposed_s = waited_s
+        if later:
+            self.exposed_s += later.waited_s
+            later.waited_s = 0.0
         if self._trial:
-            self._take_turns(self._trial, now_s() - (self._begun_s if self._armed else ended_s))
+            # Where the next forward overlaps, a step has no other end than that of the next.
+            begun_s = self._finished_s if later else self._begun_s if self._armed else ended_s
+            self._take_turns(self._trial, now_s() - begun_s)
+        self._finished_s = now_s()
         self._reset()
         if self._position_is_mine:
             position = self.world.position
             position.step, position.phase = (position.step or 0) + 1, "forward"
-        self.world.trace.add(COMPUTE, "wait for the wire", ended_s, ended_s + self.exposed_s)
+        self.world.trace.add(COMPUTE, "wait for the wire", ended_s, ended_s + waited_s)
+
+    def _wait(self, block: Block) -> None:
+        for ticket in block.tickets:
+            self.engine.wait(ticket)
 
     def gradient_norm(self) -> torch.Tensor:
         """Euclidean norm of all averaged gradients together, float64. The same bits on all ranks.
@@ -321,6 +367,8 @@ class Exchange:
             exchange = this()
             if exchange is None:
                 return
+            if exchange.later:
+                exchange.later.check_used(index, exchange.names[index])
             if is_large and parameter.grad is not view:
                 move(parameter, view, exchange.names[index])
             if exchange._local:
@@ -340,8 +388,10 @@ class Exchange:
         self._due[index] -= 1
         if self._due[index] == 0:
             block.missing -= 1
-            if block.missing == 0 and self._next == number:
-                self._release_ready()
+            if block.missing == 0:
+                block.ready_s = now_s() - self._begun_s
+                if self.wire_order[self._next] == number:
+                    self._release_ready()
         elif block.released:
             raise _late(self.names[index], block)
 
@@ -387,6 +437,7 @@ class Exchange:
                     move(parameter, view, self.names[index])
             self._blocks.append(block)
         release_freed()  # the gradients of the first step, which were tensors of their own
+        self.wire_order = list(range(len(slabs)))
         self.reducer.plan(slabs, ways)
         self._reset()
 
@@ -402,11 +453,34 @@ class Exchange:
         figures = ", ".join(f"{mode} {seconds * 1e3:.2f} ms" for mode, seconds in found.items())
         _log.info("blocks are moved by %r; backward and exchange took: %s", self.progress, figures)
 
+    def _put_in_order(self, later: NextForward, in_order: Sequence[Block]) -> None:
+        """Have blocks that are needed first overtake, once steps are measured. Collective."""
+        if self._seen_times is None or self._trial or self.world.size == 1:
+            return
+        times = later.times(in_order)
+        if times:
+            self._seen_times.append(times)
+        seen = (self._seen_times[-priority.STEPS :], later.needed(in_order))
+        everyones = all_gather(self.engine.control, seen, label="order of blocks")
+        if min(len(steps) for steps, _ in everyones) < priority.STEPS:
+            return
+        self._seen_times = None
+        needed = next((order for _, order in everyones if order), None)
+        if needed is None:  # no forward came through the wrapper
+            return
+        for block in in_order:  # the plan's scratch is in use
+            self._wait(block)
+        self.wire_order = priority.agreed_order([steps for steps, _ in everyones], needed)
+        self.reducer.plan([b.slab for b in self.blocks], self.reducer.ways, self.wire_order)
+        _log.info("blocks go on the wire in the order %s", self.wire_order)
+
     def _release_ready(self) -> None:
         """Release every block from the next one on that is complete, in order."""
         assert self._blocks is not None
-        while self._next < len(self._blocks) and self._blocks[self._next].missing == 0:
-            block = self._blocks[self._next]
+        while self._next < len(self._blocks):
+            block = self._blocks[self.wire_order[self._next]]
+            if block.missing:
+                return
             block.deliver()
             self._release(block)
 
@@ -423,7 +497,8 @@ class Exchange:
         for block in self.blocks:
             block.missing = len(block.members)
             block.delivered = block.released = False
-            block.tickets = []
+            if not self.later:  # which waits for them
+                block.tickets = []
 
 
 def _norm(gradients: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,424 @@
+"""The next forward starts before all gradients are there: an optimizer's step, block by block.
+
+With `next_forward`, backward returns while blocks are still on the wire. `optimizer.step()` updates
+the parameters of the blocks that have arrived and leaves the others *owed*; a module whose
+parameters are owed waits for them, and has them updated, when its forward begins. All blocks
+see the settings (learning rate and so on) that the optimizer had when `step()` was called. Each
+parameter takes the same updates, in the same bits, as without: a step of torch's optimizers treats
+every parameter by itself.
+
+What is needed where is observed in the first forward: a parameter may be used outside the module
+that owns it, as in `nn.MultiheadAttention` and with tied weights. A use that was not observed and
+comes before the update is refused when its gradient arrives, never silently wrong. In between,
+whoever looks at a gradient that is on the wire is told so (blocks.OnTheWire).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from hpctrain.comm.engine import Engine
+from hpctrain.errors import ExchangeError
+from hpctrain.grad.blocks import Block
+from hpctrain.grad.priority import StepTimes
+from hpctrain.grad.replicas import BufferSync
+from hpctrain.trace import COMPUTE, now_s
+
+BlockCheck = Callable[[Block], None]
+
+_UNFIT = (torch.optim.LBFGS, torch.optim.SparseAdam)
+
+
+class NextForward:
+    """Owes updates of blocks that are on the wire, and applies each before it is needed.
+
+    Made by `DataParallel.overlap_step`. Not collective, but for the errors of the exchange.
+
+    Args:
+        engine: the process's engine.
+        module: the module whose forward needs the parameters.
+        parameters: those that are averaged.
+        optimizer: updates them.
+        check: called with each block before it is used; may raise.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        module: nn.Module,
+        parameters: Sequence[nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        check: BlockCheck | None = None,
+    ) -> None:
+        if isinstance(optimizer, _UNFIT):
+            raise ExchangeError(
+                f"{type(optimizer).__name__} does not treat every parameter by itself, so that "
+                "its step cannot be taken block by block",
+                fix="use another optimizer, or next_forward = false",
+                everywhere=True,
+            )
+        self._engine = engine
+        self._optimizer = optimizer
+        self._check = check
+        self._index = {id(parameter): i for i, parameter in enumerate(parameters)}
+        self._block_of: dict[int, Block] = {}
+        self._in_flight: dict[Block, None] = {}
+        self.owed: dict[Block, list[int]] = {}
+        """Blocks to update, and the places of the parameters that `step()` left out."""
+        self._buffers: BufferSync | None = None
+        self._stepped: list[Block] = []
+        self._settings: list[dict[str, Any]] = []
+        self._places: dict[int, int] = {}
+        self._updating = False
+        self._unneeded: set[int] = set()
+        self._spans_s: dict[int, tuple[float, float]] = {}
+        self.first_use: list[int] | None = None
+        """Of each parameter, its place in the order in which a forward uses them; once observed."""
+        self.waited_s = 0.0
+        """How long computing has waited for the wire since this was last set to zero."""
+        self._hook_optimizer(optimizer)
+        self._module = weakref.ref(module)
+        settle = _settler(self)
+        module.register_state_dict_pre_hook(settle)
+        module.register_load_state_dict_pre_hook(settle)
+
+    # ------------------------------------------------------------------ what is needed where
+
+    @property
+    def is_observing(self) -> bool:
+        """Whether the next forward shows which module needs which parameter."""
+        return self.first_use is None
+
+    def observe(self, run: Callable[[], Any]) -> Any:
+        """Run the module's forward and see where it uses parameters."""
+        module = self._module()
+        assert module is not None
+        uses: dict[int, dict[nn.Module, None]] = {}
+        if any(type(part).__name__ == "OptimizedModule" for part in module.modules()):
+            result = run()  # what compiled code uses cannot be seen
+            uses = {index: {module: None} for index in self._index.values()}
+        else:
+            with _Uses(module, self._index, uses):
+                result = run()
+        self.first_use = [len(uses)] * len(self._index)
+        for place, index in enumerate(uses):
+            self.first_use[index] = place
+        for owner in module.modules():  # of a branch that this forward did not take
+            for parameter in owner._parameters.values():
+                index = self._index.get(id(parameter), -1)
+                if index not in uses and index >= 0:
+                    uses[index] = {owner: None}
+        needs: dict[nn.Module, list[int]] = {}
+        for index, users in uses.items():
+            for user in users:
+                needs.setdefault(user, []).append(index)
+        for user, indices in needs.items():
+            user.register_forward_pre_hook(self._waiter(tuple(indices)), prepend=True)
+        return result
+
+    def _waiter(self, indices: Sequence[int]) -> Callable[..., None]:
+        """Hook of a module that uses the parameters `indices`."""
+        this = weakref.ref(self)
+
+        def wait(*_: Any) -> None:
+            later = this()
+            if later is not None and later.owed:
+                later._update_for(indices)
+
+        return torch.compiler.disable(wait)  # type: ignore[no-any-return]
+
+    def _update_for(self, indices: Iterable[int]) -> None:
+        for index in indices:
+            block = self._block_of[index]
+            if block in self.owed:
+                self._update(block)
+        self._engine.poll()
+
+    # ------------------------------------------------------------------ the exchange's side
+
+    def owe(self, blocks: Sequence[Block], buffers: BufferSync | None) -> None:
+        """Backward has ended: these blocks, in this order, and the buffers are on the wire."""
+        self._buffers = buffers
+        if not self._block_of:
+            self._block_of = {index: block for block in blocks for index in block.members}
+        self._unneeded.clear()
+        self._spans_s = {}
+        for block in blocks:
+            block.hide()
+            self._in_flight[block] = None
+
+    def before_forward(self, has_grad: bool) -> None:
+        """Have what the forward needs from its beginning; everything if it is an evaluation."""
+        if self._in_flight and not (has_grad and self.owed):
+            self.settle()
+        self._finish_buffers()
+
+    def before_backward(self) -> None:
+        """Have gradients where backward adds to them.
+
+        Raises:
+            ExchangeError: updates are still owed, so that the forward used old parameters.
+        """
+        for block in self.owed:
+            raise _stale(block.names[0])
+        self.settle()
+
+    def check_used(self, index: int, name: str) -> None:
+        """A gradient has arrived: refuse it if the forward used the parameter before its update.
+
+        Raises:
+            ExchangeError: it did.
+        """
+        if index in self._unneeded:
+            raise _stale(name)
+
+    def after_forward(self) -> None:
+        """Apply what this forward did not need, so that nothing is owed when backward begins."""
+        for block in list(self.owed):
+            self._unneeded.update(block.members)
+            self._update(block)
+
+    def settle(self) -> None:
+        """Wait for everything on the wire: update what is owed, leave other gradients in `grad`."""
+        for block in list(self._in_flight):
+            if block in self.owed:
+                self._update(block)
+            else:
+                self._arrive(block)
+        self._finish_buffers()
+
+    def _finish_buffers(self) -> None:
+        if self._buffers:
+            self._buffers.finish()
+            self._buffers = None
+
+    def times(self, blocks: Sequence[Block]) -> StepTimes | None:
+        """What this rank saw of the last step that is done; blocks in the order of the wire."""
+        if len(self._spans_s) < len(blocks):
+            return None
+        wire_s = [0.0] * len(blocks)
+        free_s = 0.0
+        for block in blocks:
+            begun_s, ended_s = self._spans_s[block.index]
+            wire_s[block.index] = max(0.0, ended_s - max(begun_s, free_s))
+            free_s = max(free_s, ended_s)
+        ready_s = [0.0] * len(blocks)
+        for block in blocks:
+            ready_s[block.index] = block.ready_s
+        return StepTimes(ready_s, wire_s)
+
+    def needed(self, blocks: Sequence[Block]) -> list[int] | None:
+        """Of each block, by index, its place in the order in which a forward needs them."""
+        uses = self.first_use
+        if uses is None:
+            return None
+        return [min(uses[i] for i in b.members) for b in sorted(blocks, key=lambda b: b.index)]
+
+    # ------------------------------------------------------------------ the optimizer's side
+
+    def _hook_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        this = weakref.ref(self)
+
+        def before(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
+            later = this()
+            if later is not None and not later._updating:
+                later._before_step(bool(args[1:]) or bool(kwargs.get("closure")))
+
+        def after(*_: Any) -> None:
+            later = this()
+            if later is not None and not later._updating:
+                later._after_step()
+
+        optimizer.register_step_pre_hook(before)
+        optimizer.register_step_post_hook(after)
+        optimizer.register_state_dict_pre_hook(_settler(self))
+        optimizer.register_load_state_dict_pre_hook(_settler(self))
+
+    def _before_step(self, has_closure: bool) -> None:
+        """Show the optimizer what has arrived; it leaves parameters without gradient alone."""
+        for block in list(self.owed):  # of a step that no forward followed
+            self._update(block)
+        self._stepped = []
+        if not self._in_flight:
+            return
+        if has_closure:
+            raise ExchangeError(
+                "optimizer.step(closure) runs a forward before all parameters are updated",
+                fix="call step() without a closure, or use next_forward = false",
+                everywhere=True,
+            )
+        if self.is_observing:  # the forward did not come through the wrapper
+            self.settle()
+            return
+        self._settings = [_settings(group) for group in self._optimizer.param_groups]
+        self._stepped = list(self._in_flight)
+        for block in self._stepped:
+            if all(ticket.done for ticket in block.tickets):
+                self._arrive(block)
+            else:
+                self.owed[block] = block.withhold()
+        if self.owed:
+            self._places = {
+                id(parameter): number
+                for number, group in enumerate(self._optimizer.param_groups)
+                for parameter in group["params"]
+            }
+
+    def _after_step(self) -> None:
+        """Take away what the step has used, so that it does not matter what had arrived by then."""
+        for block in self._stepped:
+            for parameter in block.parameters:
+                parameter.grad = None
+        if not self.owed:
+            return
+        for group, before in zip(self._optimizer.param_groups, self._settings, strict=True):
+            for key, value in before.items():
+                if not isinstance(value, torch.Tensor) and group[key] != value:
+                    raise ExchangeError(
+                        f"{type(self._optimizer).__name__} changes its {key!r} with each step, "
+                        "so that a step cannot be taken block by block",
+                        fix="use another optimizer, or next_forward = false",
+                        everywhere=True,
+                    )
+
+    def _update(self, block: Block) -> None:
+        """Wait for a block and take the step that its parameters are owed."""
+        places = self.owed.pop(block)
+        self._arrive(block, places)
+        groups = self._optimizer.param_groups
+        parts: list[list[nn.Parameter]] = [[] for _ in groups]
+        for place in places:
+            parameter = block.parameters[place]
+            if parameter.grad is not None and id(parameter) in self._places:
+                parts[self._places[id(parameter)]].append(parameter)
+        self._updating = True
+        self._optimizer.param_groups = [
+            {**settings, "params": part}
+            for settings, part in zip(self._settings, parts, strict=True)
+            if part
+        ]
+        try:
+            # The step itself, without the hooks and counters of the program, which saw it already.
+            step = type(self._optimizer).step
+            getattr(step, "__wrapped__", step)(self._optimizer)
+        finally:
+            self._optimizer.param_groups = groups
+            self._updating = False
+        for place in places:
+            block.parameters[place].grad = None
+
+    def _arrive(self, block: Block, places: Sequence[int] | None = None) -> None:
+        """Wait for a block, and show its gradients, or those of the parameters at `places`."""
+        begun_s = now_s()
+        for ticket in block.tickets:
+            self._engine.wait(ticket)
+        if block.tickets:
+            span = (block.tickets[0].begun_s, max(t.finished_s for t in block.tickets))
+            self._spans_s[block.index] = span
+        del self._in_flight[block]
+        ended_s = now_s()
+        self.waited_s += ended_s - begun_s
+        self._engine.world.trace.add(COMPUTE, "wait for the wire", begun_s, ended_s)
+        block.reveal(places)
+        if self._check:
+            self._check(block)
+
+
+class _Uses(TorchFunctionMode):
+    """Notes which modules were running when a parameter was used, in the order of first uses.
+
+    Args:
+        module: whose forward runs.
+        index: of each parameter, by its id.
+        uses: receives the modules by index.
+    """
+
+    def __init__(
+        self, module: nn.Module, index: dict[int, int], uses: dict[int, dict[nn.Module, None]]
+    ) -> None:
+        super().__init__()
+        self._root = module
+        self._index = index
+        self._uses = uses
+        self._running: list[nn.Module] = []
+
+    def __enter__(self) -> _Uses:
+        self._hooks = []
+        for module in self._root.modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue
+            self._hooks.append(module.register_forward_pre_hook(self._enter, prepend=True))
+            self._hooks.append(module.register_forward_hook(self._leave, always_call=True))
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        for hook in self._hooks:
+            hook.remove()
+
+    def _enter(self, module: nn.Module, _: Any) -> None:
+        self._running.append(module)
+
+    def _leave(self, *_: Any) -> None:
+        self._running.pop()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in _METADATA:
+            for value in tree_leaves((args, kwargs)):
+                index = self._index.get(id(value))
+                if index is not None:
+                    user = self._running[-1] if self._running else self._root
+                    self._uses.setdefault(index, {})[user] = None
+        return func(*args, **(kwargs or {}))
+
+
+_METADATA = {
+    torch.Tensor.size,
+    torch.Tensor.dim,
+    torch.Tensor.numel,
+    torch.Tensor.stride,
+    torch.Tensor.is_contiguous,
+    *(
+        getattr(torch.Tensor, name).__get__
+        for name in ("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda", "layout")
+    ),
+}
+"""What may be asked of a parameter before it is updated."""
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    """A parameter group's settings as they are now."""
+    return {
+        key: value.clone() if isinstance(value, torch.Tensor) else value
+        for key, value in group.items()
+        if key != "params"
+    }
+
+
+def _settler(later: NextForward) -> Callable[..., None]:
+    """Hook that settles before state is read or written."""
+    this = weakref.ref(later)
+
+    def settle(*_: Any) -> None:
+        later = this()
+        if later is not None:
+            later.settle()
+
+    return settle
+
+
+def _stale(name: str) -> ExchangeError:
+    return ExchangeError(
+        f"parameter {name} was used before the last step had updated it: by a forward that went "
+        "past DataParallel, or in another place than in the first forward",
+        fix="call the wrapped model itself, in the same way in each step, or use "
+        "next_forward = false",
+    )

@@ -1,0 +1,77 @@
+"""In which order blocks go on the wire when the next forward starts before all of them are there.
+
+Backward finishes the last layers first, and the next forward needs the first layers first. Sent in
+the order of backward, the blocks that are needed first would come last, and where the wire is the
+bottleneck nothing would be gained. So a block that is needed earlier overtakes those that are
+waiting to be sent, as in P3 (Jayarajan et al., 2019) and ByteScheduler (Peng et al., 2019). Ranks
+must agree on the order of blocks, so it is not decided as blocks come: it is worked out once, from
+times measured on all ranks, and kept.
+"""
+
+from __future__ import annotations
+
+import heapq
+import statistics
+from collections.abc import Sequence
+from typing import NamedTuple
+
+STEPS = 4
+"""Steps whose times decide about the order."""
+
+
+class StepTimes(NamedTuple):
+    """What one rank saw of the blocks in one step; seconds by block."""
+
+    ready_s: Sequence[float]
+    """When backward had finished the block, since its beginning."""
+    wire_s: Sequence[float]
+    """How long the block kept the wire from the blocks behind it."""
+
+
+def wire_order(
+    ready_s: Sequence[float], wire_s: Sequence[float], needed: Sequence[int]
+) -> list[int]:
+    """Blocks in the order in which to send them: of those that are ready, the first needed first.
+
+    Args:
+        ready_s: when each block can be sent.
+        wire_s: how long sending it takes.
+        needed: rank of each block among those that the next forward needs.
+    """
+    coming = sorted(range(len(ready_s)), key=lambda block: (ready_s[block], block))
+    coming.reverse()
+    waiting: list[tuple[int, int]] = []
+    order: list[int] = []
+    clock_s = 0.0
+    while coming or waiting:
+        if not waiting:
+            clock_s = max(clock_s, ready_s[coming[-1]])
+        while coming and ready_s[coming[-1]] <= clock_s:
+            block = coming.pop()
+            heapq.heappush(waiting, (needed[block], block))
+        _, block = heapq.heappop(waiting)
+        order.append(block)
+        clock_s += wire_s[block]
+    return order
+
+
+def agreed_order(measured: Sequence[Sequence[StepTimes]], needed: Sequence[int]) -> list[int]:
+    """The order for all ranks: by medians over steps of the rank that was last in each.
+
+    Args:
+        measured: what each rank saw, step by step.
+        needed: see `wire_order`.
+    """
+    blocks = range(len(needed))
+
+    def median_of_last(field: int, block: int) -> float:
+        last: list[float] = [
+            max(rank[field][block] for rank in step) for step in zip(*measured, strict=True)
+        ]
+        return statistics.median(last)
+
+    return wire_order(
+        [median_of_last(0, block) for block in blocks],
+        [median_of_last(1, block) for block in blocks],
+        needed,
+    )

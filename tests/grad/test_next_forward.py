@@ -1,0 +1,335 @@
+"""Steps taken block by block, while the next forward has begun, leave the same bits."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hpctrain import DataParallel, ExchangeConfig, World
+from hpctrain.errors import ExchangeError
+
+pytestmark = pytest.mark.mpi
+
+WIDTH = 8
+SETTLED = 7
+"""Steps after which, without a trial, no collective moves blocks in passing."""
+STEPS = 24  # the trial of progress modes and the measuring of an order end within
+
+
+class Attending(nn.Module):
+    """Attention uses the weight of a layer whose forward never runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
+        self.last = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.unsqueeze(0)
+        return self.last(self.attention(x, x, x)[0]).squeeze(0)
+
+
+class Tied(nn.Module):
+    """The last layer borrows the first one's weight, in the root's own forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(WIDTH, WIDTH)
+        self.middle = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(torch.tanh(self.middle(torch.tanh(self.first(x)))), self.first.weight)
+
+
+class Branching(nn.Module):
+    """A layer that only some steps use, one that none uses, and statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.always = nn.Linear(WIDTH, WIDTH)
+        self.sometimes = nn.Linear(WIDTH, WIDTH)
+        self.never = nn.Linear(WIDTH, WIDTH)
+        self.norm = nn.BatchNorm1d(WIDTH)
+        self.calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += self.training
+        x = torch.tanh(self.norm(self.always(x)))
+        return self.sometimes(x) if self.calls % 3 == 2 else x
+
+
+def deep() -> nn.Module:
+    return nn.Sequential(*(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(6)))
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "deep": deep,
+    "attending": Attending,
+    "tied": Tied,
+    "branching": Branching,
+}
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1),
+}
+
+
+def config(**values: Any) -> ExchangeConfig:
+    return ExchangeConfig(
+        **{"block_bytes": 300, "next_forward": True, "progress": "hooks", **values}
+    )
+
+
+def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Two groups of other settings, with parameters of most blocks in both."""
+    named = list(model.named_parameters())
+    weights = [p for name, p in named if name.endswith("weight")]
+    others = [p for name, p in named if not name.endswith("weight")]
+    return [{"params": weights, "weight_decay": 0.1}, {"params": others}]
+
+
+def train(
+    model: DataParallel,
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    world: World,
+    each: Callable[[int], None] = lambda step: None,
+) -> list[float]:
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    losses = []
+    for step in range(steps):
+        x = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(step * 8 + world.rank))
+        loss = model(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        each(step)
+        losses.append(loss.item())
+    return losses
+
+
+def wrapped(
+    make: Callable[[], nn.Module], optimizer: str, options: ExchangeConfig
+) -> tuple[DataParallel, torch.optim.Optimizer]:
+    torch.manual_seed(1)
+    model = DataParallel(make(), options)
+    updates = OPTIMIZERS[optimizer](parameter_groups(model.module))
+    if options.next_forward:
+        model.overlap_step(updates)
+    return model, updates
+
+
+def assert_same(a: nn.Module, b: nn.Module) -> None:
+    theirs = b.state_dict()
+    for name, value in a.state_dict().items():
+        assert torch.equal(value, theirs[name]), name
+
+
+@pytest.mark.parametrize("progress", ["hooks", "thread"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_same_bits_as_without(
+    world: World, make: Callable[[], nn.Module], optimizer: str, progress: str
+) -> None:
+    plain = wrapped(make, optimizer, config(next_forward=False))
+    ahead = wrapped(make, optimizer, config(progress=progress))
+    assert train(*plain, 12, world) == train(*ahead, 12, world)
+    assert_same(plain[0].module, ahead[0].module)
+    theirs = ahead[1].state_dict()["state"]
+    for index, state in plain[1].state_dict()["state"].items():
+        for key, value in state.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(theirs[index][key])), key
+
+
+def test_the_order_of_the_wire_is_agreed_and_changes_no_bit(world: World) -> None:
+    plain = wrapped(deep, "adamw", config(next_forward=False))
+    ahead = wrapped(deep, "adamw", config(progress="auto"))
+    assert train(*plain, STEPS, world) == train(*ahead, STEPS, world)
+    assert_same(plain[0].module, ahead[0].module)
+    exchange = ahead[0].exchange
+    assert not exchange.is_trying
+    if world.size > 1:
+        assert exchange.order_is_settled
+        assert sorted(exchange.wire_order) == list(range(len(exchange.blocks)))
+
+
+def test_updates_are_owed_until_they_are_needed(world: World) -> None:
+    model, optimizer = wrapped(deep, "momentum", config(overlap=False))
+    train(model, optimizer, SETTLED, world)
+    later = model.exchange.later
+    assert later is not None
+    assert bool(later.owed) == (world.size > 1)
+    before = [p.detach().clone() for p in model.module.parameters()]
+    model.wait_for_gradients()
+    assert not later.owed
+    changed = [
+        not torch.equal(a, b) for a, b in zip(before, model.module.parameters(), strict=True)
+    ]
+    assert any(changed) == (world.size > 1)
+
+
+@pytest.mark.parametrize("read", ["state", "optimizer", "evaluation", "load", "check"])
+def test_whoever_reads_parameters_sees_the_last_step(world: World, read: str) -> None:
+    plain = wrapped(deep, "adamw", config(next_forward=False))
+    ahead = wrapped(deep, "adamw", config(overlap=False))
+    x = torch.ones(2, WIDTH)
+    found = []
+    for model, optimizer in (plain, ahead):
+        train(model, optimizer, SETTLED, world)
+        if read == "state":
+            found.append(model.module.state_dict()["0.0.weight"].clone())
+        elif read == "optimizer":
+            found.append(optimizer.state_dict()["state"][0]["exp_avg"].clone())
+        elif read == "evaluation":
+            with torch.no_grad():
+                found.append(model(x))
+        elif read == "load":  # what comes late must not be applied to the state that is loaded
+            model.module.load_state_dict(copy.deepcopy(deep().state_dict()))
+            model.wait_for_gradients()
+            found.append(torch.cat([p.flatten() for p in model.module.parameters()]).sum() * 0)
+        else:
+            model.check_in_sync()
+            found.append(torch.cat([p.detach().flatten() for p in model.module.parameters()]))
+    assert torch.equal(*found)
+
+
+def test_a_gradient_on_the_wire_may_not_be_looked_at(world: World) -> None:
+    model, optimizer = wrapped(deep, "momentum", config(overlap=False))
+    train(model, optimizer, SETTLED, world)
+    model(torch.ones(2, WIDTH)).sum().backward()
+    if world.size > 1:
+        with pytest.raises(ExchangeError, match="wait_for_gradients"):
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        with pytest.raises(ExchangeError, match="on the wire"):
+            next(model.module.parameters()).grad.norm()  # type: ignore[union-attr]
+    model.wait_for_gradients()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def test_clipping_after_waiting_has_the_bits_of_plain_clipping(world: World) -> None:
+    results = []
+    for options in (config(next_forward=False), config()):
+        model, optimizer = wrapped(deep, "adamw", options)
+        for _ in range(4):
+            model(torch.full((2, WIDTH), 1.0 + world.rank)).square().sum().backward()
+            model.wait_for_gradients()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append(model.module)
+    assert_same(*results)
+
+
+def test_several_backwards_and_steps_that_are_left_out(world: World) -> None:
+    """Accumulated, discarded and repeated backwards, with and without a step after them."""
+    results = []
+    for options in (config(next_forward=False), config(), config(overlap=False)):
+        model, optimizer = wrapped(deep, "momentum", options)
+        for step in range(9):
+            x = torch.full((2, WIDTH), 1.0 + world.rank + step)
+            if step % 3 == 1:
+                with model.no_sync():
+                    model(x).square().sum().backward()
+            loss = model(x).sum()
+            loss.backward(retain_graph=True)
+            if step % 3 == 2:
+                optimizer.zero_grad()  # thrown away, perhaps on the wire
+                model(x).sum().backward()
+                model(x).square().mean().backward()  # added to
+            if step % 4 != 3:
+                optimizer.step()
+                if step % 2 and options.next_forward:
+                    optimizer.step()  # again: gradients that a step has taken are gone
+                optimizer.zero_grad()
+        model.wait_for_gradients()
+        results.append([p.detach().clone() for p in model.module.parameters()])
+        del model
+    for others in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
+
+
+def test_a_use_past_the_wrapper_is_refused(world: World) -> None:
+    if world.size == 1:
+        return
+    model, optimizer = wrapped(deep, "momentum", config(overlap=False))
+    train(model, optimizer, SETTLED, world)
+    assert isinstance(model.module, nn.Sequential)
+    y = F.linear(torch.ones(2, WIDTH), next(model.module.parameters()))
+    with pytest.raises(ExchangeError, match="before the last step had updated it"):
+        y.sum().backward()
+    model.wait_for_gradients()
+
+
+class Sneaky(nn.Module):
+    """Uses a layer's weight by itself once its wire is settled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(WIDTH, WIDTH)
+        self.odd = nn.Linear(WIDTH, WIDTH)
+        self.calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        x = self.first(x)
+        return F.linear(x, self.odd.weight, self.odd.bias) if self.calls > SETTLED else self.odd(x)
+
+
+def test_a_use_in_another_place_than_first_is_refused(world: World) -> None:
+    if world.size == 1:
+        return
+    model, optimizer = wrapped(Sneaky, "momentum", config(overlap=False))
+    train(model, optimizer, SETTLED, world)
+    with pytest.raises(ExchangeError, match=r"odd\.bias was used before"):
+        train(model, optimizer, 1, world)
+    del model
+    gc.collect()
+
+
+def test_ranks_without_samples_update_alike(world: World) -> None:
+    results = []
+    for options in (config(next_forward=False), config()):
+        model, optimizer = wrapped(deep, "adamw", options)
+        for step in range(6):
+            if world.rank == 0 or step % 2 == 0:
+                model(torch.ones(2, WIDTH)).square().sum().backward()
+            else:
+                model.exchange.finish()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append(model.module)
+    assert_same(*results)
+
+
+def test_refused_optimizers_and_settings(world: World) -> None:
+    model = DataParallel(deep(), config())
+    with pytest.raises(ExchangeError, match="LBFGS"):
+        model.overlap_step(torch.optim.LBFGS(model.parameters()))
+    with pytest.raises(ExchangeError, match="needs the optimizer"):
+        model(torch.ones(1, WIDTH)).sum().backward()
+    other = DataParallel(deep(), config(next_forward=False))
+    with pytest.raises(ExchangeError, match="without next_forward"):
+        other.overlap_step(torch.optim.SGD(other.parameters(), lr=0.1))
+
+
+def test_let_go_of_with_the_model(world: World) -> None:
+    model, optimizer = wrapped(deep, "adamw", config())
+    train(model, optimizer, 3, world)
+    model.wait_for_gradients()
+    seen = weakref.ref(model.exchange)
+    del model
+    gc.collect()
+    assert seen() is None
+    optimizer.step()
