@@ -308,6 +308,12 @@ def _check_together(job: Job, mistakes: list[str]) -> None:
     """Values that are possible by themselves but not here."""
     if job.run.tensorboard and importlib.util.find_spec("tensorboard") is None:
         mistakes.append("run.tensorboard: needs the package: pip install 'hpctrain[tensorboard]'")
+    if job.exchange.next_forward:
+        # Both decide about a step from all gradients, of which some come after it was taken.
+        if job.train.clip_norm is not None:
+            mistakes.append("train.clip_norm: not with exchange.next_forward = true")
+        if job.train.nonfinite == "skip":
+            mistakes.append("train.nonfinite: 'skip' is not possible with exchange.next_forward")
 
 
 def _accepted(target: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:

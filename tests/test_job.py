@@ -441,3 +441,10 @@ def test_model_must_be_a_torch_module(world: World, write: Write) -> None:
     module = MODULE + "\ndef model(width):\n    return [width]\n"
     text = trainer_mistakes(world, job.load(write(module=module)))
     assert "model() returned no torch module: got 'list'" in text
+
+
+def test_next_forward_excludes_what_decides_from_all_gradients(write: Write) -> None:
+    overrides = ("exchange.next_forward=true", "train.clip_norm=1.0", "train.nonfinite='skip'")
+    text = mistakes(write(), *overrides)
+    assert "train.clip_norm: not with exchange.next_forward" in text
+    assert "train.nonfinite: 'skip' is not possible with exchange.next_forward" in text

@@ -199,6 +199,24 @@ class Block:
                 )
 
 
+def gradient_norm(blocks: Sequence[Block]) -> torch.Tensor:
+    """Euclidean norm of all gradients of `blocks` together, float64."""
+    norms = [torch.zeros((), dtype=torch.float64)]
+    norms += [_norm(block.gradients) for block in blocks]
+    total: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return total
+
+
+def _norm(gradients: torch.Tensor) -> torch.Tensor:
+    """As float64, but summed wide only where squares overflow, which takes thrice as long."""
+    wide = torch.float32 if gradients.element_size() == 2 else None
+    norm: torch.Tensor = torch.linalg.vector_norm(gradients, dtype=wide).double()
+    if not norm.isfinite():
+        widest = torch.complex128 if gradients.is_complex() else torch.float64
+        norm = torch.linalg.vector_norm(gradients, dtype=widest).double()
+    return norm
+
+
 def slab_size(parameters: Sequence[nn.Parameter]) -> tuple[int, torch.dtype]:
     """Number and dtype of the real elements of a block's slab."""
     dtype = parameters[0].dtype

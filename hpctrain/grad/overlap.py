@@ -45,7 +45,7 @@ from hpctrain.comm.reducer import CHUNK_BYTES, ReduceOptions, Reducer
 from hpctrain.config import check, option
 from hpctrain.errors import ExchangeError
 from hpctrain.grad import priority
-from hpctrain.grad.blocks import Block, move, partition, slab_size, usable
+from hpctrain.grad.blocks import Block, gradient_norm, move, partition, slab_size, usable
 from hpctrain.grad.next_forward import NextForward
 from hpctrain.grad.priority import StepTimes
 from hpctrain.grad.replicas import BUFFER_MODES, BufferSync
@@ -311,10 +311,7 @@ class Exchange:
 
         Between `finish` and the next backward; needs no communication.
         """
-        norms = [torch.zeros((), dtype=torch.float64)]
-        norms += [_norm(block.gradients) for block in self.blocks]
-        total: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms))
-        return total
+        return gradient_norm(self.blocks)
 
     def scale_gradients(self, factor: float) -> None:
         """Multiply every averaged gradient by `factor`."""
@@ -499,16 +496,6 @@ class Exchange:
             block.delivered = block.released = False
             if not self.later:  # which waits for them
                 block.tickets = []
-
-
-def _norm(gradients: torch.Tensor) -> torch.Tensor:
-    """As float64, but summed wide only where squares overflow, which takes thrice as long."""
-    wide = torch.float32 if gradients.element_size() == 2 else None
-    norm: torch.Tensor = torch.linalg.vector_norm(gradients, dtype=wide).double()
-    if not norm.isfinite():
-        widest = torch.complex128 if gradients.is_complex() else torch.float64
-        norm = torch.linalg.vector_norm(gradients, dtype=widest).double()
-    return norm
 
 
 def _late(name: str, block: Block) -> ExchangeError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from hpctrain.data.batches import Batches, MapStyle, is_indexed
 from hpctrain.data.generators import generator_state, restore_generators, seed_generators
 from hpctrain.errors import JobError, TrainingError
 from hpctrain.grad.accumulate import accumulate
+from hpctrain.grad.blocks import Block, gradient_norm
 from hpctrain.grad.data_parallel import DataParallel
 from hpctrain.trace import now_s
 from hpctrain.train import checkpoint, resume
@@ -87,6 +88,8 @@ class Trainer:
         self.optimizer = build_optimizer(
             [p for p in parts.model.parameters() if p.requires_grad], settings.optimizer
         )
+        if settings.exchange.next_forward:
+            self.model.overlap_step(self.optimizer, self._check_block)
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
         seed_generators(settings.seed + 1 + world.rank)
 
@@ -106,6 +109,10 @@ class Trainer:
         self._loss_checked = False
         self._read_back = True
         self._pending: list[StepFigures] = []
+        self._taken: tuple[int, torch.Tensor] = (0, torch.zeros(()))
+        """Number and loss of the step whose blocks are on the wire, with `next_forward`."""
+        self._block_norms: list[float] = []
+        self._late_norms: list[float] = []
         self._log_every = settings.run.log_every or max(1, train.steps // 100)
         self._metrics: Metrics | None = None
         if world.is_root:
@@ -172,11 +179,7 @@ class Trainer:
         accumulate(self.model, subsets, len(share.sizes), backward)
 
         with self._phase("optimizer"):
-            norm = float(self.model.exchange.gradient_norm())
-            if self._is_usable(norm, loss):
-                self._clip(norm)
-                self._set_rate()
-                self.optimizer.step()
+            norm = self._update(loss)
             self.optimizer.zero_grad(set_to_none=True)
         self.step_number += 1
         self._pending.append(
@@ -251,6 +254,33 @@ class Trainer:
 
     # ------------------------------------------------------------------ parts of a step
 
+    def _update(self, loss: torch.Tensor) -> float:
+        """Take the optimizer's step, if gradients are usable. Returns their norm.
+
+        With `next_forward`, gradients are checked block by block, and the norm comes later.
+        """
+        if self.settings.exchange.next_forward:
+            self._taken = self.step_number + 1, loss
+            self._set_rate()
+            self.optimizer.step()
+            return math.nan
+        norm = float(self.model.exchange.gradient_norm())
+        if self._is_usable(norm, loss, self.step_number + 1):
+            self._clip(norm)
+            self._set_rate()
+            self.optimizer.step()
+        return norm
+
+    def _check_block(self, block: Block) -> None:
+        """With `next_forward`: a block has come, and is about to be used."""
+        norm = float(gradient_norm([block]))
+        step, loss = self._taken
+        self._is_usable(norm, loss, step)
+        self._block_norms.append(norm)
+        if len(self._block_norms) == len(self.model.exchange.blocks):
+            self._late_norms.append(math.hypot(*self._block_norms))
+            self._block_norms = []
+
     def _phase(self, name: str) -> Any:
         self.world.position.phase = name
         return self.world.trace.span(name, step=self.step_number + 1)
@@ -276,7 +306,7 @@ class Trainer:
         if mistake:
             raise JobError(mistake, everywhere=first)
 
-    def _is_usable(self, norm: float, loss: torch.Tensor) -> bool:
+    def _is_usable(self, norm: float, loss: torch.Tensor, step: int) -> bool:
         """Whether to take the step. All ranks hold the same gradients and so agree on it.
 
         Raises:
@@ -291,7 +321,7 @@ class Trainer:
             _log.warning("update left out, gradients are not finite: first not finite was %s", who)
             return False
         raise TrainingError(
-            f"gradients are not finite in step {self.step_number + 1}: first not finite was {who}",
+            f"gradients are not finite in step {step}: first not finite was {who}",
             value=norm,
             fix="look for bad values in the input data, lower the learning rate, set "
             "train.clip_norm, or train.nonfinite = 'skip'",
@@ -400,6 +430,10 @@ class Trainer:
         if not self._pending:
             return
         self.world.position.phase = "report"
+        self.model.wait_for_gradients()  # a report is a meeting of all ranks anyway
+        for place, norm in enumerate(self._late_norms):
+            self._pending[place] = replace(self._pending[place], gradient_norm=norm)
+        self._late_norms = []
         mine = np.array([astuple(figures) for figures in self._pending])
         first = self.step_number - len(mine) + 1
         self._pending = []

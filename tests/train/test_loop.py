@@ -54,12 +54,12 @@ def net(dropout: float = 0.0) -> nn.Module:
     return nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 1)).double()
 
 
-def settings(**train: Any) -> Settings:
+def settings(next_forward: bool = False, **train: Any) -> Settings:
     return Settings(
         train=TrainConfig(**{"steps": 8, "batch": 10, **train}),
         optimizer={"name": "adamw", "lr": 0.01},
         schedule=ScheduleConfig(name="cosine", warmup=2),
-        exchange=ExchangeConfig(progress="hooks", block_bytes=100),
+        exchange=ExchangeConfig(progress="hooks", block_bytes=100, next_forward=next_forward),
         checkpoint=CheckpointConfig(every=4),
         run=RunConfig(),
         seed=5,
@@ -156,7 +156,7 @@ def state_of(made: Trainer) -> list[Any]:
     optimizer = made.optimizer.state_dict()["state"]
     return [
         [p.detach().clone() for p in made.parts.model.parameters()],
-        [value for entry in optimizer.values() for value in entry.values()],
+        [value for _, entry in sorted(optimizer.items()) for value in entry.values()],
         torch.get_rng_state(),
         torch.tensor(np.random.get_state()[1].astype(np.int64)),
         torch.tensor(random.getstate()[1]),
@@ -177,12 +177,13 @@ class Noisy(Points):
         return x + random.random() * 0.01 + np.random.rand() * 0.01, y
 
 
+@pytest.mark.parametrize("next_forward", [False, True])
 @pytest.mark.parametrize("stop", [4, 5])
 def test_stopped_and_resumed_run_ends_with_the_same_bits(
-    world: World, shared_folder: Path, stop: int
+    world: World, shared_folder: Path, stop: int, next_forward: bool
 ) -> None:
     """With dropout and random augmentation; stopped at a checkpoint, and a step after one."""
-    config = settings()
+    config = settings(next_forward)
     whole = trainer(world, shared_folder / "whole", config, net(0.3), train_data=Noisy())
     whole.run()
 
@@ -204,6 +205,29 @@ def test_stopped_and_resumed_run_ends_with_the_same_bits(
     third.run()
     assert equal(whole_state, state_of(third))
     assert losses(second) == losses(whole)
+
+
+def test_next_forward_records_the_same_and_stops_at_bad_gradients(
+    world: World, shared_folder: Path
+) -> None:
+    recorded = []
+    for next_forward in (False, True):
+        made = trainer(world, shared_folder / str(next_forward), settings(next_forward))
+        made.run()
+        lines = made.run_folder.metrics.read_text().splitlines()
+        world.comm.Barrier()
+        recorded.append([json.loads(line) for line in lines])
+    for plain, ahead in zip(*recorded, strict=True):
+        assert plain.get("loss") == ahead.get("loss")
+        assert plain.get("gradient_norm") == pytest.approx(ahead.get("gradient_norm"), rel=1e-12)
+
+    def broken(model: nn.Module, batch: Any) -> torch.Tensor:
+        return loss(model, batch) * (float("nan") if world.rank == world.size - 1 else 1.0)
+
+    made = trainer(world, shared_folder / "broken", settings(True), loss=broken)
+    with pytest.raises(TrainingError, match=rf"in step 1: .*rank {world.size - 1}"):
+        made.run()
+    world.comm.Barrier()
 
 
 def test_finished_run_is_not_continued(world: World, shared_folder: Path) -> None:
