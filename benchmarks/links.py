@@ -29,12 +29,21 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import cluster
 import harness
 import torch
+from links_figures import (
+    CONTROLS,
+    DDP,
+    NARROW_COMPUTE,
+    Case,
+    draw,
+    figures_of,
+    judged,
+    rows_of,
+)
 from step import ddp, plain_exchange
 from torch import nn
 
@@ -48,34 +57,10 @@ WIDTH = 720
 LAYERS, QUICK_LAYERS = 16, 8
 """33 MB of float32; half as much for a quick look."""
 REPEATS, QUICK_REPEATS = 9, 7
-DDP = ("ddp_25mb", "ddp_4mb")
-CONTROLS = ("naive", "plain")
-NARROW_COMPUTE = 0.2
 TOLERANCE = {"bf16": 2e-2}
 EXACT = 1e-4
 
-# Figure, bound, and the compute at which it is to hold; 0 for all. To come, with the next forward
-# overlapped: over_free_limit <= 1.15.
-AIMS = (
-    ("over_sync_limit", 1.10, 0.0),
-    ("ratio_to_ddp", 0.88, 1.0),
-    ("bf16_ratio_to_ddp", 0.60, NARROW_COMPUTE),
-)
-
 Step = Callable[[], None]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One compute time of one kind."""
-
-    kind: str
-    compute: float
-
-    def key(self, hosts: int, ranks: int) -> str:
-        """What the figures call it on so many hosts with so many ranks each."""
-        shape = f"hosts_{hosts}" if ranks == 1 else f"hosts_{hosts}x{ranks}"
-        return f"{shape}_compute_{self.compute}_{self.kind}"
 
 
 # ---------------------------------------------------------------- model
@@ -328,138 +313,6 @@ def run_worker(specification: str) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------- parent
-
-
-def figures_of(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Limits, and every arm against them, round by round."""
-    times, parts = found["times"], found["parts"]
-    wire = times["wire"]
-    sync: dict[str, list[float]] = {
-        width: [f + max(b, share * w) + o for (f, b, o), w in zip(parts, wire, strict=True)]
-        for width, share in (("same", 1.0), ("bf16", 0.5))
-    }
-    free = [max(sum(part), w) for part, w in zip(parts, wire, strict=True)]
-    median = statistics.median
-    forward_s, backward_s, optimizer_s = (median(each) for each in zip(*parts, strict=True))
-    figures: dict[str, Any] = {
-        "wire_s": median(wire),
-        "wire_gbit_per_s": found["wire_bytes"] * 8 / 1e9 / median(wire),
-        "forward_s": forward_s,
-        "backward_s": backward_s,
-        "optimizer_s": optimizer_s,
-        "compute_over_wire": (forward_s + backward_s) / median(wire),
-        "sync_limit_s": median(sync["same"]),
-        "free_limit_s": median(free),
-        "step_s": {name: median(taken) for name, taken in times.items() if name != "wire"},
-        "better_ddp": min(DDP, key=lambda name: median(times[name])),
-    }
-    for name in ("hpctrain", "bf16", *CONTROLS, *DDP):
-        if name in times:
-            limit = sync["bf16" if name == "bf16" else "same"]
-            over = harness.spread([t / least for t, least in zip(times[name], limit, strict=True)])
-            prefix = "" if name == "hpctrain" else f"{name}_"
-            figures[f"{prefix}over_sync_limit"] = over["median"]
-            figures[f"{prefix}over_sync_limit_quartiles"] = [over["low"], over["high"]]
-            if name not in DDP:
-                against = harness.spread(harness.ratios(times, name, DDP))
-                figures[f"{prefix}ratio_to_ddp"] = against["median"]
-                figures[f"{prefix}ratio_to_ddp_quartiles"] = [against["low"], against["high"]]
-    figures |= {key: found[key] for key in ("progress", "ways", "batch")}
-    return rounded(figures)
-
-
-def rounded(value: Any) -> Any:
-    """The same with 4 digits after the point."""
-    if isinstance(value, dict):
-        return {key: rounded(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [rounded(part) for part in value]
-    return round(value, 4) if isinstance(value, float) else value
-
-
-def rows_of(key: str, figures: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A configuration's lines of the table."""
-    rows = []
-    for name, seconds in figures["step_s"].items():
-        prefix = "" if name == "hpctrain" else f"{name}_"
-        low, high = figures.get(f"{prefix}over_sync_limit_quartiles", ("", ""))
-        rows.append(
-            {
-                "configuration": key,
-                "arm": name,
-                "step ms": seconds * 1e3,
-                "over sync limit": figures.get(f"{prefix}over_sync_limit", ""),
-                "low": low,
-                "high": high,
-                "over better DDP": figures.get(f"{prefix}ratio_to_ddp", ""),
-            }
-        )
-    return rows
-
-
-def judged(figures: Mapping[str, Mapping[str, Any]], cases: Mapping[str, Case]) -> list[str]:
-    """Each aim: where it holds and where not; and whether the controls lost."""
-    lines = []
-    for name, bound, compute in AIMS:
-        found = {
-            key: figures[key][name]
-            for key, case in cases.items()
-            if name in figures[key] and compute in (0.0, case.compute)
-        }
-        missed = [f"{key} {value:.3f}" for key, value in found.items() if value > bound]
-        held = f"aim {name} <= {bound}: holds in {len(found) - len(missed)} of {len(found)}"
-        lines.append(held + (f", not in {', '.join(missed)}" if missed else ""))
-    won = [
-        f"{name} in {key}"
-        for key, of_key in figures.items()
-        for name in CONTROLS
-        if of_key.get(f"{name}_over_sync_limit", 9.9) <= of_key["over_sync_limit"]
-    ]
-    lines.append(f"controls that did not lose: {', '.join(won) or 'none'}")
-    return lines
-
-
-def draw(figures: Mapping[str, Mapping[str, Any]], cases: Mapping[str, Case], path: Path) -> None:
-    """Each arm's time over the limit, by compute, a panel for every shape and kind."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    panels: dict[str, list[str]] = {}
-    for key, case in cases.items():
-        shape = key.split("_compute_")[0].removeprefix("hosts_")
-        panels.setdefault(f"{shape} hosts, {case.kind}", []).append(key)
-    arms = {
-        "hpctrain": "over_sync_limit",
-        "hpctrain, bf16 (its own limit)": "bf16_over_sync_limit",
-        "better DDP": "",
-        "naive": "naive_over_sync_limit",
-        "plain": "plain_over_sync_limit",
-    }
-    columns = min(2, len(panels))
-    lines = -(-len(panels) // columns)
-    figure, axes = pyplot.subplots(
-        lines, columns, figsize=(5 * columns, 3.2 * lines), squeeze=False, layout="constrained"
-    )
-    for axis in axes.flat[len(panels) :]:
-        axis.remove()
-    for axis, (title, keys) in zip(axes.flat, panels.items(), strict=False):
-        for label, name in arms.items():
-            points = [
-                (cases[key].compute, figures[key][which])
-                for key in keys
-                if (which := name or f"{figures[key]['better_ddp']}_over_sync_limit")
-                in figures[key]
-            ]
-            if points:
-                axis.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
-        axis.axhline(1.0, color="black", linewidth=0.8)
-        axis.set(title=title, xlabel="compute / wire", ylabel="step / limit", xscale="log")
-        axis.set_xticks(COMPUTE, [str(compute) for compute in COMPUTE])
-        axis.minorticks_off()
-    axes.flat[0].legend(fontsize="small")
-    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
