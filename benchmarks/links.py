@@ -7,6 +7,7 @@ a GPU does. A configuration's arms take turns in one run:
 
 - hpctrain, with bfloat16 on the wire too where compute is shortest;
 - torch's DistributedDataParallel on gloo, with buckets of 4 and 25 MB;
+- but for a quick look, Heat's DataParallel where it can be imported, blocking and not;
 - the controls, which must lose: one Iallreduce a parameter after backward, and, but for a quick
   look, one blocking all-reduce of all gradients;
 - the step without exchange, whose parts are timed, and the wire alone: as many bytes as a
@@ -36,7 +37,6 @@ import harness
 import torch
 from links_figures import (
     CONTROLS,
-    DDP,
     NARROW_COMPUTE,
     Case,
     draw,
@@ -44,7 +44,7 @@ from links_figures import (
     judged,
     rows_of,
 )
-from step import ddp, plain_exchange
+from peers import DDP, HEAT, Step, ddp, heat, plain_exchange, without_heat
 from torch import nn
 
 RATE = "1gbit"
@@ -59,9 +59,6 @@ LAYERS, QUICK_LAYERS = 16, 8
 REPEATS, QUICK_REPEATS = 9, 7
 TOLERANCE = {"bf16": 2e-2}
 EXACT = 1e-4
-
-Step = Callable[[], None]
-
 
 # ---------------------------------------------------------------- model
 
@@ -154,7 +151,7 @@ class Stepper:
 class Bench:
     """What the cases of one job share: ranks, the wire, and how to meet."""
 
-    def __init__(self, layers: int) -> None:
+    def __init__(self, layers: int, with_heat: bool) -> None:
         import hpctrain
         from hpctrain.comm.collect import all_gather, barrier_on
         from hpctrain.comm.engine import engine_of
@@ -172,6 +169,9 @@ class Bench:
         hosts = len(self.world.nodes)
         self.wire_bytes = 2 * (hosts - 1) * layers * WIDTH * WIDTH * 4 // hosts
         self._raw = self.world.comm.Dup()
+        missing = without_heat() if with_heat else ""
+        self.heat = HEAT if with_heat and not missing else ()
+        self.left_out = {"heat": missing} if missing else {}
         self._connect()
 
     def slowest(self, value: float) -> float:
@@ -240,11 +240,14 @@ class Bench:
 
     def plain(self, model: nn.Module) -> Step:
         """One blocking all-reduce of all gradients after backward."""
-        exchange = plain_exchange(model, self._raw)
+        return self.guarded(plain_exchange(model, self._raw))
+
+    def guarded(self, step: Step) -> Step:
+        """The same with MPI to itself."""
 
         def alone() -> None:
             with self.engine.exclusive():
-                exchange()
+                step()
 
         return alone
 
@@ -254,7 +257,7 @@ class Bench:
 
         rank = self.world.rank
         work = self.work(case.kind, case.compute * self.seconds(self.wire))
-        steppers = {name: Stepper(work, rank, ddp(work.model(), float(name[4:-2]))) for name in DDP}
+        steppers = {name: Stepper(work, rank, ddp(work.model(), name)) for name in DDP}
         plain_models = {name: work.model() for name in controls}
         for name, model in plain_models.items():
             after = self.plain(model) if name == "plain" else self.naive(list(model.parameters()))
@@ -270,8 +273,13 @@ class Bench:
             steppers[name]()
             while wrapped.exchange.is_trying:
                 steppers[name]()
+        heats = {
+            name: Stepper(work, rank, *heat(work.model(), name, self._raw)) for name in self.heat
+        }
+        steppers |= heats
         alone = Stepper(work, rank, work.model())
         arms: dict[str, Step] = {**steppers, "no exchange": alone, "wire": self.wire}
+        arms |= {name: self.guarded(stepper) for name, stepper in heats.items()}
         times = harness.take_turns(arms, repeats, self.together, self.slowest, warm_up=1)
         self._check(steppers)
         parts = [
@@ -285,6 +293,7 @@ class Bench:
             "progress": {name: exchange.progress for name, exchange in exchanges.items()},
             "ways": {name: exchange.reducer.summary() for name, exchange in exchanges.items()},
             "batch": work.batch,
+            "left_out": self.left_out,
         }
 
     def _check(self, steppers: Mapping[str, Stepper]) -> None:
@@ -299,7 +308,7 @@ class Bench:
 def run_worker(specification: str) -> dict[str, Any]:
     """Figures of each case, by position."""
     wanted = json.loads(specification)
-    bench = Bench(wanted["layers"])
+    bench = Bench(wanted["layers"], wanted["heat"])
     cases = [Case(**case) for case in wanted["cases"]]
     found = []
     for case in cases:
@@ -333,6 +342,7 @@ def main() -> None:
         "layers": QUICK_LAYERS if options.quick else LAYERS,
         "repeats": QUICK_REPEATS if options.quick else REPEATS,
         "controls": CONTROLS[:1] if options.quick else CONTROLS,
+        "heat": not options.quick,
     }
     figures: dict[str, dict[str, Any]] = {}
     cases: dict[str, Case] = {}
@@ -353,7 +363,8 @@ def main() -> None:
     if not figures:
         sys.exit(f"links: no configuration has {options.only!r} in its name")
     rows = [row for key, of_key in figures.items() for row in rows_of(key, of_key)]
-    text = "\n".join([harness.table(rows), *judged(figures, cases)])
+    reasons = {name: why for of in figures.values() for name, why in of["left_out"].items()}
+    text = "\n".join([harness.table(rows), *judged(figures, cases), *harness.left_out(reasons)])
     harness.finish(text, figures, options.save, lambda path: draw(figures, cases, path))
 
 

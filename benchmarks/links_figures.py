@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import harness
+from peers import DDP, HEAT
 
-DDP = ("ddp_25mb", "ddp_4mb")
 CONTROLS = ("naive", "plain")
 NARROW_COMPUTE = 0.2
 """Where bfloat16 on the wire is measured too."""
@@ -30,7 +30,7 @@ AIMS = (
 
 LIMITS = {"bf16": "bf16_sync", "next": "free"}
 """Arms that have another limit than a step that ends with gradients averaged in float32."""
-MARKERS = ("o-", "D", "s-", "v-", "x--", "+--")
+MARKERS = ("o-", "D", "s-", "v-", "^-", "x--", "+--")
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,10 @@ def figures_of(found: Mapping[str, Any]) -> dict[str, Any]:
         figures |= _told(over_limit(name), over)
         if name not in DDP:
             figures |= _told(f"{prefix(name)}ratio_to_ddp", harness.ratios(times, name, DDP))
-    figures |= {key: found[key] for key in ("progress", "ways", "batch")}
+    if HEAT[0] in times:
+        figures["better_heat"] = min(HEAT, key=lambda name: median(times[name]))
+        figures |= _told("ratio_to_heat", harness.ratios(times, "hpctrain", HEAT))
+    figures |= {key: found[key] for key in ("progress", "ways", "batch", "left_out")}
     return rounded(figures)
 
 
@@ -153,12 +156,13 @@ def draw(figures: Mapping[str, Mapping[str, Any]], cases: Mapping[str, Case], pa
         each = f" of {ranks} ranks" if ranks else ""
         panels.setdefault(f"{hosts} hosts{each}, {case.kind}", []).append(key)
     arms = {
-        "hpctrain": "over_sync_limit",
-        "hpctrain, bf16, over its own limit": "bf16_over_sync_limit",
-        "hpctrain, next forward too, over its own limit": "next_over_free_limit",
-        "better DDP": "",
-        "naive": "naive_over_sync_limit",
-        "plain": "plain_over_sync_limit",
+        "hpctrain": "hpctrain",
+        "hpctrain, bf16, over its own limit": "bf16",
+        "hpctrain, next forward too, over its own limit": "next",
+        "better DDP": "better_ddp",
+        "better Heat": "better_heat",
+        "naive": "naive",
+        "plain": "plain",
     }
     columns = min(2, len(panels))
     lines = -(-len(panels) // columns)
@@ -169,11 +173,11 @@ def draw(figures: Mapping[str, Mapping[str, Any]], cases: Mapping[str, Case], pa
     drawn = {}
     for axis, (title, keys) in zip(axes.flat, panels.items(), strict=False):
         axis.axhline(1.0, color="black", linewidth=0.8)
-        for number, (label, name) in enumerate(arms.items()):
+        for number, (label, arm) in enumerate(arms.items()):
             points = [
-                (cases[key].compute, figures[key][which])
+                (cases[key].compute, figures[key][name])
                 for key in keys
-                if (which := name or over_limit(figures[key]["better_ddp"])) in figures[key]
+                if (name := over_limit(figures[key].get(arm, arm))) in figures[key]
             ]
             if points:
                 x, y = zip(*sorted(points), strict=True)

@@ -25,6 +25,7 @@ def found(steps: dict[str, float], wire_s: float = 0.4, rounds: int = 4) -> dict
         "progress": {"hpctrain": "thread"},
         "ways": {"hpctrain": "16 by ring"},
         "batch": 1,
+        "left_out": {"heat": "missing"},
     }
 
 
@@ -116,3 +117,12 @@ def test_plot(tmp_path: Path) -> None:
     figures = {KEY: figures_of(found({"next": 0.45, "naive": 0.7}))}
     links_figures.draw(figures, {KEY: CASE}, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_better_heat_is_a_peer() -> None:
+    figures = figures_of(found({"heat": 1.2, "heat_blocking": 1.0}))
+    assert figures["better_heat"] == "heat_blocking"
+    assert figures["ratio_to_heat"] == pytest.approx(0.6)
+    assert figures["heat_ratio_to_ddp"] == pytest.approx(1.6)
+    assert figures["left_out"] == {"heat": "missing"}
+    assert "better_heat" not in figures_of(found({}))
