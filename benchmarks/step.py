@@ -15,6 +15,7 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ SLOW = ("main_job",)
 
 EXACT = 1e-4
 """Relative difference of gradients that have been averaged right."""
+TICKS = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10)
+"""Of the plot, where it comes so far."""
 
 
 @dataclass(frozen=True)
@@ -295,7 +298,7 @@ def main() -> None:
         }
     figures["left_out"] = left_out
     text = "\n".join([harness.table(rows), *harness.left_out(left_out)])
-    harness.finish(text, figures, options.save)
+    harness.finish(text, figures, options.save, partial(draw, figures))
 
 
 def headline(measured: dict[str, Any]) -> dict[str, Any]:
@@ -314,6 +317,35 @@ def headline(measured: dict[str, Any]) -> dict[str, Any]:
         "exposed_fraction": round(measured["exposed"], 4),
         **{key: measured[key] for key in ("progress", "ways", "blocks")},
     }
+
+
+def draw(figures: dict[str, Any], file: Path) -> None:
+    """Each arm's ratio to the better DDP with its quartiles, by model and number of ranks."""
+    from matplotlib.figure import Figure
+
+    arms = {"hpctrain": "", "plain": "plain_", "better Heat": "heat_"}
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    axes = figure.subplots(1, len(RANKS), sharey=True)
+    for axis, ranks in zip(axes, RANKS, strict=True):
+        models = figures[f"ranks_{ranks}"]["models"]
+        axis.axhline(1, color="0.6", linewidth=1)
+        for number, (label, prefix) in enumerate(arms.items()):
+            name = f"{prefix}ratio_to_ddp"
+            found = [(x, of) for x, of in enumerate(models.values()) if name in of]
+            if not found:
+                continue
+            middles = [of[name] for _, of in found]
+            away = [[abs(of[f"{name}_quartiles"][i] - of[name]) for _, of in found] for i in (0, 1)]
+            places = [x + 0.2 * (number - 1) for x, _ in found]
+            axis.errorbar(places, middles, away, fmt="osD"[number], capsize=3, label=label)
+        axis.set(title=f"{ranks} ranks", yscale="log", xlim=(-0.5, len(models) - 0.5))
+        axis.set_xticks(range(len(models)), [name.replace("_", "\n") for name in models])
+    ticks = [tick for tick in TICKS if axes[0].get_ylim()[0] < tick < axes[0].get_ylim()[1]]
+    axes[0].set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes[0].minorticks_off()
+    axes[0].set_ylabel("step over better DDP's")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=len(arms))
+    figure.savefig(file, dpi=150)
 
 
 def told(name: str, values: Sequence[float]) -> dict[str, Any]:
