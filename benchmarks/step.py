@@ -1,4 +1,4 @@
-"""One training step: hpctrain, torch DDP on gloo, and the plain step without overlap.
+"""One training step: hpctrain, torch DDP on gloo, Heat, and the plain step without overlap.
 
 The same model, data and optimizer in every arm, on 2 and 4 ranks. Prints a table and, as its last
 line, one JSON object with, per rank count: the time over that of the better DDP (median of the
@@ -15,12 +15,14 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import harness
 import torch
 import torch.nn.functional as F
+from peers import DDP, HEAT, Step, ddp, heat, in_a_line, plain_exchange, without_heat
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "jobs"))
@@ -29,7 +31,6 @@ import stdlib_lm
 from stdlib_lm import CONTEXT, GPT
 
 RANKS = (2, 4)
-DDP = ["ddp_25mb", "ddp_4mb"]
 DDP_PORT = 29_541
 MEMORY_STEPS = 5
 TINY_PARAMETERS = 256
@@ -37,7 +38,10 @@ SMALL_PARAMETERS = 2000
 SLOW = ("main_job",)
 """Left out where a minute must do."""
 
-Step = Callable[[], object]
+EXACT = 1e-4
+"""Relative difference of gradients that have been averaged right."""
+TICKS = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10)
+"""Of the plot, where it comes so far."""
 
 
 @dataclass(frozen=True)
@@ -113,30 +117,6 @@ def join_gloo(rank: int, size: int) -> None:
     torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=size)
 
 
-def ddp(model: nn.Module, bucket_mb: float) -> nn.Module:
-    return nn.parallel.DistributedDataParallel(
-        model, bucket_cap_mb=bucket_mb, gradient_as_bucket_view=True
-    )
-
-
-def plain_exchange(model: nn.Module, comm: Any) -> Step:
-    """What a home-made script does: one blocking all-reduce of all gradients after backward."""
-    from mpi4py import MPI
-
-    parameters = list(model.parameters())
-    counts = [p.numel() for p in parameters]
-    flat = torch.empty(sum(counts))
-
-    def exchange() -> None:
-        torch.cat([p.grad.flatten() for p in parameters if p.grad is not None], out=flat)
-        comm.Allreduce(MPI.IN_PLACE, flat.numpy())
-        flat.div_(comm.Get_size())
-        for parameter, part in zip(parameters, flat.split(counts), strict=True):
-            parameter.grad = part.view_as(parameter)
-
-    return exchange
-
-
 # ---------------------------------------------------------------- workers, one process a rank
 
 
@@ -152,11 +132,15 @@ def time_cases(repeats: int, names: Sequence[str]) -> dict[str, Any]:
     memory = peak_after(step)
 
     join_gloo(world.rank, world.size)
-    models = {first.name: time_arms(world, first, ours, step, repeats)}
+    missing = without_heat()
+    heat_comm = None if missing else world.comm.Dup()
+    models = {first.name: time_arms(world, heat_comm, first, ours, step, repeats)}
     for case in others:
         model = hpctrain.DataParallel(fresh(case))
-        models[case.name] = time_arms(world, case, model, make_step(case, model), repeats)
+        step = make_step(case, model)
+        models[case.name] = time_arms(world, heat_comm, case, model, step, repeats)
     return {
+        "left_out": {"heat": missing} if missing else {},
         "models": models,
         "overhead_us": overhead_of_a_block(world, repeats * 5),
         "peak_bytes": max(world.comm.allgather(memory)),
@@ -164,10 +148,26 @@ def time_cases(repeats: int, names: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def time_arms(world: Any, case: Case, ours: Any, step: Step, repeats: int) -> dict[str, Any]:
-    """Times of a model's step in all arms."""
-    wrapped = {f"ddp_{mb}mb": ddp(fresh(case), mb) for mb in (25, 4)}
+def time_arms(
+    world: Any, heat_comm: Any, case: Case, ours: Any, step: Step, repeats: int
+) -> dict[str, Any]:
+    """Times of a model's step in all arms; Heat's only with a communicator for it."""
+    peers: dict[str, tuple[nn.Module, Step | None]] = {
+        name: (ddp(fresh(case), name), None) for name in DDP
+    }
+    if heat_comm:
+        peers |= {name: heat(fresh(case), name, heat_comm) for name in HEAT}
     alone, unexchanged = fresh(case), fresh(case)
+    peers["plain"] = (alone, plain_exchange(alone, world.comm))
+    left_out = {}
+    for name, (model, after) in {"hpctrain": (ours, None), **peers}.items():
+        try:
+            check(world, case, name, model, after)
+        except RuntimeError as error:  # Heat cannot take every model
+            if name not in HEAT:
+                raise
+            del peers[name]
+            left_out[f"{name} in {case.name}"] = in_a_line(error)
     exposed: list[float] = []
 
     def timed() -> None:
@@ -178,8 +178,7 @@ def time_arms(world: Any, case: Case, ours: Any, step: Step, repeats: int) -> di
         step()
     arms = {
         "hpctrain": timed,
-        **{name: make_step(case, model) for name, model in wrapped.items()},
-        "plain": make_step(case, alone, plain_exchange(alone, world.comm)),
+        **{name: make_step(case, model, after) for name, (model, after) in peers.items()},
         "no exchange": make_step(case, unexchanged),
     }
     times = harness.take_turns(
@@ -188,11 +187,33 @@ def time_arms(world: Any, case: Case, ours: Any, step: Step, repeats: int) -> di
     share = [e / t for e, t in zip(exposed[-repeats:], times["hpctrain"], strict=True)]
     return {
         "times": times,
+        "left_out": left_out,
         "exposed": statistics.median(world.comm.allgather(statistics.median(share))),
         "progress": ours.exchange.progress,
         "ways": ours.exchange.reducer.summary(),
         "blocks": len(ours.exchange.blocks),
     }
+
+
+def check(world: Any, case: Case, arm: str, model: nn.Module, after: Step | None) -> None:
+    """Every arm must average: the fastest way to be wrong is to send nothing."""
+    start = fresh(case)
+    case.loss(start).backward()
+    truth = gradients(start) * (1 + world.size) / 2
+    with torch.no_grad():
+        for parameter, first in zip(model.parameters(), start.parameters(), strict=True):
+            parameter.copy_(first)
+    model.zero_grad()
+    (case.loss(model) * (1 + world.rank)).backward()  # the data are the same on all ranks
+    if after:
+        after()
+    error = float((gradients(model) - truth).norm() / truth.norm())
+    if error > EXACT:
+        raise AssertionError(f"{case.name}: gradients of {arm} are wrong by {error:.1e}")
+
+
+def gradients(model: nn.Module) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
 def peak_after(step: Step) -> int:
@@ -236,7 +257,7 @@ def measure_ddp_memory() -> dict[str, Any]:
     torch.set_num_threads(1)
     join_gloo(rank, size)
     case = cases()[0]
-    peak = torch.tensor(peak_after(make_step(case, ddp(fresh(case), 25))))
+    peak = torch.tensor(peak_after(make_step(case, ddp(fresh(case), DDP[0]))))
     torch.distributed.all_reduce(peak, torch.distributed.ReduceOp.MAX)
     torch.distributed.destroy_process_group()
     return {"peak_bytes": int(peak), "rank": rank}
@@ -257,10 +278,13 @@ def main() -> None:
     names = [case.name for case in cases() if not (options.quick and case.name in SLOW)]
     figures: dict[str, Any] = {}
     rows = []
+    left_out: dict[str, str] = {}
     for ranks in RANKS:
         found = harness.launch(ranks, "times", str(repeats), *names)
+        left_out |= found["left_out"]
         ddp_memory = harness.launch(ranks, "memory")
         for model, measured in found["models"].items():
+            left_out |= measured["left_out"]
             for name, taken in measured["times"].items():
                 row = {"ranks": ranks, "model": model, "arm": name}
                 row |= {f"{key} ms": value * 1e3 for key, value in harness.spread(taken).items()}
@@ -272,18 +296,62 @@ def main() -> None:
             "peak_rss_ratio_to_ddp": round(found["peak_bytes"] / ddp_memory["peak_bytes"], 4),
             "models": {name: headline(measured) for name, measured in found["models"].items()},
         }
-    harness.finish(harness.table(rows), figures, options.save)
+    figures["left_out"] = left_out
+    text = "\n".join([harness.table(rows), *harness.left_out(left_out)])
+    harness.finish(text, figures, options.save, partial(draw, figures))
 
 
 def headline(measured: dict[str, Any]) -> dict[str, Any]:
-    """What the JSON says of a model."""
-    against = harness.spread(harness.ratios(measured["times"], "hpctrain", DDP))
+    """What the JSON says of a model; Heat and the plain step are told by their ratio to DDP too."""
+    times = measured["times"]
+    figures = told("ratio_to_ddp", harness.ratios(times, "hpctrain", DDP))
+    figures |= told("plain_ratio_to_ddp", harness.ratios(times, "plain", DDP))
+    heats = [name for name in HEAT if name in times]
+    if heats:
+        better = min(heats, key=lambda name: statistics.median(times[name]))
+        figures |= {"better_heat": better}
+        figures |= told("heat_ratio_to_ddp", harness.ratios(times, better, DDP))
+        figures |= told("ratio_to_heat", harness.ratios(times, "hpctrain", heats))
     return {
-        "ratio_to_ddp": round(against["median"], 4),
-        "ratio_to_ddp_quartiles": [round(against["low"], 4), round(against["high"], 4)],
+        **figures,
         "exposed_fraction": round(measured["exposed"], 4),
         **{key: measured[key] for key in ("progress", "ways", "blocks")},
     }
+
+
+def draw(figures: dict[str, Any], file: Path) -> None:
+    """Each arm's ratio to the better DDP with its quartiles, by model and number of ranks."""
+    from matplotlib.figure import Figure
+
+    arms = {"hpctrain": "", "plain": "plain_", "better Heat": "heat_"}
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    axes = figure.subplots(1, len(RANKS), sharey=True)
+    for axis, ranks in zip(axes, RANKS, strict=True):
+        models = figures[f"ranks_{ranks}"]["models"]
+        axis.axhline(1, color="0.6", linewidth=1)
+        for number, (label, prefix) in enumerate(arms.items()):
+            name = f"{prefix}ratio_to_ddp"
+            found = [(x, of) for x, of in enumerate(models.values()) if name in of]
+            if not found:
+                continue
+            middles = [of[name] for _, of in found]
+            away = [[abs(of[f"{name}_quartiles"][i] - of[name]) for _, of in found] for i in (0, 1)]
+            places = [x + 0.2 * (number - 1) for x, _ in found]
+            axis.errorbar(places, middles, away, fmt="osD"[number], capsize=3, label=label)
+        axis.set(title=f"{ranks} ranks", yscale="log", xlim=(-0.5, len(models) - 0.5))
+        axis.set_xticks(range(len(models)), [name.replace("_", "\n") for name in models])
+    ticks = [tick for tick in TICKS if axes[0].get_ylim()[0] < tick < axes[0].get_ylim()[1]]
+    axes[0].set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes[0].minorticks_off()
+    axes[0].set_ylabel("step over better DDP's")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=len(arms))
+    figure.savefig(file, dpi=150)
+
+
+def told(name: str, values: Sequence[float]) -> dict[str, Any]:
+    """A figure and its quartiles."""
+    found = {key: round(value, 4) for key, value in harness.spread(values).items()}
+    return {name: found["median"], f"{name}_quartiles": [found["low"], found["high"]]}
 
 
 if __name__ == "__main__":
