@@ -5,7 +5,9 @@ given as a share of the time that a bandwidth-optimal all-reduce needs on the wi
 done by one thread a rank (`kernels`) or slept through (`sleep`), which leaves the cores free as
 a GPU does. A configuration's arms take turns in one run:
 
-- hpctrain, with bfloat16 on the wire too where compute is shortest;
+- hpctrain, with bfloat16 on the wire too where compute is shortest, and with the next forward
+  overlapped, for which several steps are run one after another; there also, but for a quick look,
+  with blocks in the order of backward, to see what overtaking is worth;
 - torch's DistributedDataParallel on gloo, with buckets of 4 and 25 MB;
 - but for a quick look, Heat's DataParallel where it can be imported, blocking and not;
 - the controls, which must lose: one Iallreduce a parameter after backward, and, but for a quick
@@ -38,6 +40,7 @@ import torch
 from links_figures import (
     CONTROLS,
     NARROW_COMPUTE,
+    NEXT,
     Case,
     draw,
     figures_of,
@@ -59,6 +62,10 @@ LAYERS, QUICK_LAYERS = 16, 8
 REPEATS, QUICK_REPEATS = 9, 7
 TOLERANCE = {"bf16": 2e-2}
 EXACT = 1e-4
+CHAINED = 4
+"""Steps in a row of an arm whose steps overlap each other."""
+NEXT_BLOCK_BYTES = 1 << 20
+"""The next forward waits for a whole block, so that small ones let it begin sooner."""
 
 # ---------------------------------------------------------------- model
 
@@ -142,7 +149,35 @@ class Stepper:
         self.parts_s.append((forward_s - begun_s, backward_s - forward_s, ended_s - backward_s))
 
     def gradients(self) -> torch.Tensor:
+        """Averaged gradients of the last step."""
         return torch.cat([p.grad.flatten() for p in self.parameters if p.grad is not None])
+
+
+class Chain(Stepper):
+    """Steps that overlap each other; ends, untimed, with nothing on the wire."""
+
+    def __init__(self, work: Work, rank: int, wrapped: Any) -> None:
+        super().__init__(work, rank, wrapped)
+        wrapped.overlap_step(self._optimizer)
+        self.seconds: list[float] = []
+
+    def __call__(self) -> None:
+        """As many steps as there are in a chain, each timed from backward's end to backward's end.
+
+        The first one begins without anything on the wire, and does not count.
+        """
+        for step in range(1 + CHAINED):
+            if step == 1:
+                begun_s = time.perf_counter()
+            super().__call__()
+        self.seconds.append((time.perf_counter() - begun_s) / CHAINED)
+        self._model.wait_for_gradients()
+
+    def gradients(self) -> torch.Tensor:
+        """Averaged gradients of one more backward."""
+        self._model(self._input).sum().backward()
+        self._model.wait_for_gradients()
+        return super().gradients()
 
 
 # ---------------------------------------------------------------- worker, one process a rank
@@ -273,6 +308,15 @@ class Bench:
             steppers[name]()
             while wrapped.exchange.is_trying:
                 steppers[name]()
+        chains = {}
+        for name in (*NEXT[:1], *(NEXT[1:] if len(controls) > 1 else ())):
+            config = hpctrain.ExchangeConfig(next_forward=True, block_bytes=NEXT_BLOCK_BYTES)
+            wrapped = hpctrain.DataParallel(work.model(), config)
+            wrapped.exchange.may_reorder = name == NEXT[0]
+            steppers[name] = chains[name] = Chain(work, rank, wrapped)
+            exchanges[name] = wrapped.exchange
+            while wrapped.exchange.is_trying or not wrapped.exchange.order_is_settled:
+                chains[name]()
         heats = {
             name: Stepper(work, rank, *heat(work.model(), name, self._raw)) for name in self.heat
         }
@@ -281,6 +325,9 @@ class Bench:
         arms: dict[str, Step] = {**steppers, "no exchange": alone, "wire": self.wire}
         arms |= {name: self.guarded(stepper) for name, stepper in heats.items()}
         times = harness.take_turns(arms, repeats, self.together, self.slowest, warm_up=1)
+        for name, chain in chains.items():
+            turns = zip(*self.gather(chain.seconds[-repeats:]), strict=True)
+            times[name] = [max(ranks) for ranks in turns]
         self._check(steppers)
         parts = [
             [max(ranks) for ranks in zip(*of_ranks, strict=True)]
@@ -292,6 +339,7 @@ class Bench:
             "wire_bytes": self.wire_bytes,
             "progress": {name: exchange.progress for name, exchange in exchanges.items()},
             "ways": {name: exchange.reducer.summary() for name, exchange in exchanges.items()},
+            "order": list(exchanges[NEXT[0]].wire_order),
             "batch": work.batch,
             "left_out": self.left_out,
         }

@@ -28,9 +28,11 @@ AIMS = (
     ("next_ratio_to_ddp", 0.75, 1.0),
 )
 
-LIMITS = {"bf16": "bf16_sync", "next": "free"}
+NEXT = ("next", "next_as_backward")
+"""Arms whose next forward overlaps: with blocks that overtake, and in the order of backward."""
+LIMITS = {"bf16": "bf16_sync", **dict.fromkeys(NEXT, "free")}
 """Arms that have another limit than a step that ends with gradients averaged in float32."""
-MARKERS = ("o-", "D", "s-", "v-", "^-", "x--", "+--")
+MARKERS = ("o-", "D", "s-", "s:", "v-", "^-", "x--", "+--")
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def figures_of(found: Mapping[str, Any]) -> dict[str, Any]:
     if HEAT[0] in times:
         figures["better_heat"] = min(HEAT, key=lambda name: median(times[name]))
         figures |= _told("ratio_to_heat", harness.ratios(times, "hpctrain", HEAT))
-    figures |= {key: found[key] for key in ("progress", "ways", "batch", "left_out")}
+    figures |= {key: found[key] for key in ("progress", "ways", "order", "batch", "left_out")}
     return rounded(figures)
 
 
@@ -159,6 +161,7 @@ def draw(figures: Mapping[str, Mapping[str, Any]], cases: Mapping[str, Case], pa
         "hpctrain": "hpctrain",
         "hpctrain, bf16, over its own limit": "bf16",
         "hpctrain, next forward too, over its own limit": "next",
+        "the same in the order of backward": "next_as_backward",
         "better DDP": "better_ddp",
         "better Heat": "better_heat",
         "naive": "naive",

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hpctrain.comm.engine import Engine
@@ -100,28 +100,36 @@ class NextForward:
         """Run the module's forward and see where it uses parameters."""
         module = self._module()
         assert module is not None
-        uses: dict[int, dict[nn.Module, None]] = {}
         if any(type(part).__name__ == "OptimizedModule" for part in module.modules()):
             result = run()  # what compiled code uses cannot be seen
-            uses = {index: {module: None} for index in self._index.values()}
+            self.first_use = [0] * len(self._index)
+            users = {index: {module: None} for index in self._index.values()}
         else:
-            with _Uses(module, self._index, uses):
+            with _Uses(module, self._index) as seen:
                 result = run()
-        self.first_use = [len(uses)] * len(self._index)
-        for place, index in enumerate(uses):
-            self.first_use[index] = place
-        for owner in module.modules():  # of a branch that this forward did not take
-            for parameter in owner._parameters.values():
-                index = self._index.get(id(parameter), -1)
-                if index not in uses and index >= 0:
-                    uses[index] = {owner: None}
+            users = seen.users
+            self._complete(module, seen)
         needs: dict[nn.Module, list[int]] = {}
-        for index, users in uses.items():
-            for user in users:
+        for index, of_index in users.items():
+            for user in of_index:
                 needs.setdefault(user, []).append(index)
         for user, indices in needs.items():
             user.register_forward_pre_hook(self._waiter(tuple(indices)), prepend=True)
         return result
+
+    def _complete(self, module: nn.Module, seen: _Uses) -> None:
+        """Parameters that were not seen in use are needed by the modules that own them.
+
+        A branch may not have been taken, or an autograd function has a use for them in backward.
+        """
+        never = len(seen.begun_at) + len(seen.used_at) + 1
+        for owner in module.modules():
+            for parameter in owner._parameters.values():
+                index = self._index.get(id(parameter), -1)
+                if index >= 0 and index not in seen.used_at:
+                    seen.users.setdefault(index, {})[owner] = None
+                    seen.used_at[index] = seen.begun_at.get(owner, never)
+        self.first_use = [seen.used_at.get(index, never) for index in range(len(self._index))]
 
     def _waiter(self, indices: Sequence[int]) -> Callable[..., None]:
         """Hook of a module that uses the parameters `indices`."""
@@ -203,15 +211,13 @@ class NextForward:
         """What this rank saw of the last step that is done; blocks in the order of the wire."""
         if len(self._spans_s) < len(blocks):
             return None
-        wire_s = [0.0] * len(blocks)
-        free_s = 0.0
-        for block in blocks:
-            begun_s, ended_s = self._spans_s[block.index]
-            wire_s[block.index] = max(0.0, ended_s - max(begun_s, free_s))
-            free_s = max(free_s, ended_s)
-        ready_s = [0.0] * len(blocks)
+        begun_s, ended_s = zip(*self._spans_s.values(), strict=True)
+        # A block's own time tells little: ends are noticed late, and several at once.
+        s_per_byte = (max(ended_s) - min(begun_s)) / sum(block.slab.nbytes for block in blocks)
+        ready_s, wire_s = [0.0] * len(blocks), [0.0] * len(blocks)
         for block in blocks:
             ready_s[block.index] = block.ready_s
+            wire_s[block.index] = block.slab.nbytes * s_per_byte
         return StepTimes(ready_s, wire_s)
 
     def needed(self, blocks: Sequence[Block]) -> list[int] | None:
@@ -331,67 +337,59 @@ class NextForward:
             self._check(block)
 
 
-class _Uses(TorchFunctionMode):
-    """Notes which modules were running when a parameter was used, in the order of first uses.
+class _Uses(TorchDispatchMode):
+    """Notes which modules were running when a parameter was used.
 
     Args:
         module: whose forward runs.
         index: of each parameter, by its id.
-        uses: receives the modules by index.
+
+    Attributes:
+        users: modules that were the innermost running, by parameter, in the order of first uses.
+        begun: modules in the order in which they first began.
     """
 
-    def __init__(
-        self, module: nn.Module, index: dict[int, int], uses: dict[int, dict[nn.Module, None]]
-    ) -> None:
-        super().__init__()
+    def __init__(self, module: nn.Module, index: dict[int, int]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
         self._root = module
         self._index = index
-        self._uses = uses
         self._running: list[nn.Module] = []
+        self._clock = 0
+        self.users: dict[int, dict[nn.Module, None]] = {}
+        self.used_at: dict[int, int] = {}
+        self.begun_at: dict[nn.Module, int] = {}
 
     def __enter__(self) -> _Uses:
         self._hooks = []
         for module in self._root.modules():
-            if isinstance(module, torch.jit.ScriptModule):
-                continue
-            self._hooks.append(module.register_forward_pre_hook(self._enter, prepend=True))
-            self._hooks.append(module.register_forward_hook(self._leave, always_call=True))
+            if not isinstance(module, torch.jit.ScriptModule):
+                self._hooks.append(module.register_forward_pre_hook(self._enter, prepend=True))
+                self._hooks.append(module.register_forward_hook(self._leave, always_call=True))
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         for hook in self._hooks:
             hook.remove()
 
     def _enter(self, module: nn.Module, _: Any) -> None:
+        self._clock += 1
         self._running.append(module)
+        self.begun_at.setdefault(module, self._clock)
 
     def _leave(self, *_: Any) -> None:
         self._running.pop()
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func not in _METADATA:
-            for value in tree_leaves((args, kwargs)):
-                index = self._index.get(id(value))
-                if index is not None:
-                    user = self._running[-1] if self._running else self._root
-                    self._uses.setdefault(index, {})[user] = None
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for value in tree_leaves((args, kwargs)):
+            index = self._index.get(id(value))
+            if index is not None:
+                self._clock += 1
+                self.used_at.setdefault(index, self._clock)
+                user = self._running[-1] if self._running else self._root
+                self.users.setdefault(index, {})[user] = None
         return func(*args, **(kwargs or {}))
-
-
-_METADATA = {
-    torch.Tensor.size,
-    torch.Tensor.dim,
-    torch.Tensor.numel,
-    torch.Tensor.stride,
-    torch.Tensor.is_contiguous,
-    *(
-        getattr(torch.Tensor, name).__get__
-        for name in ("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda", "layout")
-    ),
-}
-"""What may be asked of a parameter before it is updated."""
 
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:

@@ -164,6 +164,8 @@ class Exchange:
         self.wire_order: list[int] = []
         """Blocks in the order in which they go on the wire."""
         self._seen_times: list[StepTimes] | None = []
+        self.may_reorder = True
+        """Whether blocks that the next forward needs first may overtake others."""
         self._next = 0
         self._arrivals: list[int] = [1] * len(self.parameters)
         self._due: list[int] = []
@@ -462,6 +464,8 @@ class Exchange:
         if min(len(steps) for steps, _ in everyones) < priority.STEPS:
             return
         self._seen_times = None
+        if not self.may_reorder:
+            return
         needed = next((order for _, order in everyones if order), None)
         if needed is None:  # no forward came through the wrapper
             return

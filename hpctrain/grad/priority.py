@@ -25,7 +25,7 @@ class StepTimes(NamedTuple):
     ready_s: Sequence[float]
     """When backward had finished the block, since its beginning."""
     wire_s: Sequence[float]
-    """How long the block kept the wire from the blocks behind it."""
+    """The block's share of the time in which blocks were on the wire, by its size."""
 
 
 def wire_order(
