@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -22,14 +20,13 @@ import torch
 
 from hpctrain import __version__
 from hpctrain.comm.collect import all_gather
+from hpctrain.comm.device_probe import TAKEN, device_calls
 from hpctrain.comm.engine import Engine, engine_of
 from hpctrain.comm.measure import Link, measure_all_reduce, measure_links, progress_trial
 from hpctrain.errors import ExitCode, UnfitError
 from hpctrain.world import Seat, World, launched_size
 
 OK, WARNING, UNFIT = "ok", "warning", "unfit"
-PROBE_S = 30.0
-"""Time limit of the child process that tries device buffers, which may hang or crash."""
 REDUCED_BYTES = (1 << 12, 1 << 20, 1 << 24)
 
 _LEVELS = ("single", "funneled", "serialized", "multiple")
@@ -61,7 +58,7 @@ def run(world: World, as_json: bool) -> int:
         _torch_threads(world, all_gather(engine.control, torch.get_num_threads())),
         *_progress(engine),
         *_links(engine),
-        _device_buffers(),
+        _device_buffers(world),
     ]
     fit = all(finding.verdict != UNFIT for finding in findings)
     if world.is_root:
@@ -226,49 +223,21 @@ def _links(engine: Engine) -> list[Finding]:
     return [Finding("links", OK, text), Finding("all-reduce", OK, sums)]
 
 
-def _device_buffers() -> Finding:
-    """Whether MPI takes device memory, found by trying it in a child that may crash or hang."""
-    if not torch.cuda.is_available():
-        return Finding("device buffers", OK, "no GPU is visible; gradients are in host memory")
-    verdict = probe_device_buffers([sys.executable, "-c", _PROBE])
-    return Finding("device buffers", OK if verdict == "taken" else WARNING, f"a send is {verdict}")
+def _device_buffers(world: World) -> Finding:
+    """What MPI takes out of device memory, found by trying it in children that may crash or hang.
 
-
-def probe_device_buffers(command: Sequence[str], limit_s: float = PROBE_S) -> str:
-    """How a child process that sends device memory to itself ends.
-
-    Args:
-        command: the child; prints ``taken`` when the data arrived.
-        limit_s: how long it may take.
-
-    Returns:
-        ``taken``, or a few words on how it failed.
+    Looked at on the root's host alone.
     """
-    launcher = ("OMPI_COMM_WORLD_", "PMIX_", "PMI_", "PRTE_", "SLURM_")
-    alone = {k: v for k, v in os.environ.items() if not k.startswith(launcher)}
-    try:
-        child = subprocess.run(
-            command, env=alone, timeout=limit_s, capture_output=True, text=True, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return f"not taken: the probe hung for {limit_s:.0f} s"
-    if child.stdout.split()[-1:] == ["taken"]:
-        return "taken"
-    if child.stdout.split()[-1:] == ["garbled"]:
-        return "not taken: the data arrived garbled"
-    reason = f"signal {-child.returncode}" if child.returncode < 0 else f"status {child.returncode}"
-    return f"not taken: the probe ended with {reason}"
-
-
-_PROBE = """
-import torch
-from mpi4py import MPI
-sent = torch.arange(1024, dtype=torch.float32, device="cuda")
-received = torch.zeros_like(sent)
-torch.cuda.synchronize()
-MPI.COMM_SELF.Sendrecv(sent, 0, recvbuf=received, source=0)
-print("taken" if bool((sent == received).all()) else "garbled")
-"""
+    name = "device buffers"
+    if not torch.cuda.is_available():
+        return Finding(name, OK, "no GPU is visible; gradients are in host memory")
+    if not world.is_root:
+        return Finding(name, OK, "")
+    calls = device_calls(world.library)
+    text = ", ".join(f"{call} {how}" for call, how in calls.items())
+    if calls["send"] == TAKEN:
+        return Finding(name, OK, text)
+    return Finding(name, WARNING, f"{text}; gradients are copied to the host and back")
 
 
 def _as_text(findings: Sequence[Finding], fit: bool) -> str:

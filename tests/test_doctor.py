@@ -2,13 +2,12 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Sequence
 
 import pytest
 
 from hpctrain import cli, doctor
-from hpctrain.doctor import Finding, binding, probe_device_buffers, same_everywhere
+from hpctrain.doctor import Finding, binding, same_everywhere
 from hpctrain.errors import ExitCode, UnfitError
 from hpctrain.world import Seat, World
 
@@ -101,42 +100,6 @@ def test_odd_versions_are_unfit_and_named() -> None:
     assert torch_finding.verdict == numpy_finding.verdict == doctor.UNFIT
     assert torch_finding.text == "torch is 2.4 on most ranks, but rank 1 (b) has 2.5"
     assert numpy_finding.text == "numpy is 2.0 on most ranks, but rank 1 (b) has 1.26"
-
-
-# ---------------------------------------------------------------------- device buffers
-
-
-@pytest.mark.parametrize(
-    ("code", "expected"),
-    [
-        ("print('taken')", "taken"),
-        ("print('a banner of the library'); print('taken')", "taken"),
-        ("print('garbled')", "not taken: the data arrived garbled"),
-        ("", "not taken: the probe ended with status 0"),
-        ("import sys; sys.exit(3)", "not taken: the probe ended with status 3"),
-        ("import os; os.abort()", "not taken: the probe ended with signal 6"),
-        ("import os; os.kill(os.getpid(), 11)", "not taken: the probe ended with signal 11"),
-    ],
-)
-def test_end_of_the_probe_is_told(code: str, expected: str) -> None:
-    assert probe_device_buffers([sys.executable, "-c", code]) == expected
-
-
-def test_probe_that_hangs_is_ended() -> None:
-    hanging = [sys.executable, "-c", "import time; time.sleep(1000)"]
-    assert probe_device_buffers(hanging, limit_s=0.3).startswith("not taken: the probe hung")
-
-
-def test_probe_is_no_rank_of_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_FD", "SLURM_PROCID"):
-        monkeypatch.setenv(name, "2")
-    monkeypatch.setenv("UNRELATED", "kept")
-    code = """
-import os
-left = [n for n in os.environ if n.startswith(("OMPI_COMM", "PMIX_", "PMI_", "SLURM_"))]
-print("taken" if not left and os.environ["UNRELATED"] == "kept" else left)
-"""
-    assert probe_device_buffers([sys.executable, "-c", code]) == "taken"
 
 
 # ---------------------------------------------------------------------- the whole

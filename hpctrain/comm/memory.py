@@ -5,9 +5,13 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from mpi4py import MPI
+
+if TYPE_CHECKING:
+    from hpctrain.comm.device import Crossing
 
 ALIGN_BYTES = 64
 """Parts of a slab begin on cache lines, so that no two ranks ever write to one line."""
@@ -76,17 +80,19 @@ class Place:
 
 @dataclass(frozen=True)
 class Slab:
-    """A contiguous run of elements in host memory.
+    """A contiguous run of elements in host or device memory.
 
     Attributes:
         tensor: one-dimensional and contiguous; lives as long as the slab.
-        place: where other ranks of the node find it, if they can.
+        place: where other ranks of the node find it, or its mirror, if they can.
         chunks: the slab in pieces, if it is larger than one.
+        crossing: what joins it to its mirror on the host, if it is on a device.
     """
 
     tensor: torch.Tensor
     place: Place | None = None
     chunks: tuple[Slab, ...] = ()
+    crossing: Crossing | None = None
 
     @classmethod
     def allocate(cls, count: int, dtype: torch.dtype, chunk_bytes: int | None = None) -> Slab:
@@ -95,6 +101,16 @@ class Slab:
         cuts = chunk_cuts(count, dtype.itemsize, chunk_bytes)
         return cls(tensor, chunks=tuple(Slab(tensor[cut]) for cut in cuts))
 
+    def hand_over(self) -> None:
+        """Before operations are posted: they read behind what the program has queued so far."""
+        if self.crossing:
+            self.crossing.hand_over()
+
+    def take_back(self) -> None:
+        """After operations have ended: what the program queues from now on sees the sum."""
+        if self.crossing:
+            self.crossing.take_back()
+
     @property
     def nbytes(self) -> int:
         """Size in bytes."""
@@ -102,8 +118,11 @@ class Slab:
 
 
 def buffer_of(tensor: torch.Tensor) -> MPI.buffer:
-    """The bytes of a contiguous host tensor, for MPI to read or write while the tensor lives."""
-    assert tensor.is_contiguous() and tensor.device.type == "cpu"
+    """The bytes of a contiguous tensor, for MPI to read or write while the tensor lives.
+
+    MPI libraries that take device memory tell it by its address.
+    """
+    assert tensor.is_contiguous()
     return MPI.buffer.fromaddress(tensor.data_ptr(), tensor.numel() * tensor.element_size())
 
 
@@ -117,10 +136,11 @@ class ScratchRing:
     Args:
         nbytes: how much the operations in flight may need together.
         largest: the largest part that will be asked for; lost, at most, where the ring wraps.
+        device: where; by default on the host.
     """
 
-    def __init__(self, nbytes: int, largest: int) -> None:
-        self._buffer = torch.empty(nbytes + largest, dtype=torch.uint8)
+    def __init__(self, nbytes: int, largest: int, device: torch.device | None = None) -> None:
+        self._buffer = torch.empty(nbytes + largest, dtype=torch.uint8, device=device)
         self._next = 0
 
     def part(self, nbytes: int) -> torch.Tensor:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 
 from hpctrain.comm import reduce
+from hpctrain.comm.device import Device, on_device
 from hpctrain.comm.engine import IN_FLIGHT_BYTES, Channel, Operation, Ticket
 from hpctrain.comm.memory import ScratchRing, Slab, aligned
 from hpctrain.comm.node import shared_slabs
@@ -39,6 +40,16 @@ class ReduceOptions:
     chunk_bytes: int = CHUNK_BYTES
 
 
+@dataclass(frozen=True)
+class OnDevice:
+    """That slabs are on a device, and what the MPI library can do with them there."""
+
+    where: torch.device
+    device: Device
+    stays: bool = False
+    """Whether messages take device memory, on all ranks; see comm.device_probe."""
+
+
 class _Planned(NamedTuple):
     operation: Operation
     nbytes: int
@@ -46,9 +57,21 @@ class _Planned(NamedTuple):
 
 
 class Reducer:
-    """Averages slabs over the ranks of a channel. Collective in the same order on all ranks."""
+    """Averages slabs over the ranks of a channel. Collective in the same order on all ranks.
 
-    def __init__(self, channel: Channel, options: ReduceOptions) -> None:
+    Args:
+        channel: of the ranks.
+        options: how slabs are summed.
+        on_device: where they are, if not on the host; the same kind on all ranks.
+
+    Raises:
+        ExchangeError: the way that the options force is not possible here.
+    """
+
+    def __init__(
+        self, channel: Channel, options: ReduceOptions, on_device: OnDevice | None = None
+    ) -> None:
+        self._on_device = on_device
         self._channel = channel
         self._options = options
         self._wire = reduce.WIRE_DTYPES[options.wire]
@@ -66,15 +89,39 @@ class Reducer:
                 everywhere=True,
             )
 
+        if options.way in reduce.STAY_ON_DEVICE and not (on_device and on_device.stays):
+            raise ExchangeError(
+                f"way = {options.way!r} needs gradients on a device and an MPI library whose "
+                "messages take device memory",
+                value="this library's do not" if on_device else "gradients on the host",
+                fix="use way = 'auto'; hpctrain doctor tells what the library takes",
+                everywhere=True,
+            )
+        if options.way == "native" and on_device:
+            raise ExchangeError(
+                "way = 'native' sums gradients on the host",
+                value=f"gradients on {on_device.where}",
+                fix="use way = 'auto'",
+                everywhere=True,
+            )
+
     def allocate(self, counts: Sequence[int], dtypes: Sequence[torch.dtype]) -> list[Slab]:
         """Slabs of zeros, in node-shared memory where that helps and can be had. Collective."""
         slabs = None
         if self._options.way in ("auto", *reduce.IN_SHARED_MEMORY):
             slabs = shared_slabs(self._channel.engine, counts, dtypes, self._options.chunk_bytes)
-        return slabs or [
+        slabs = slabs or [
             Slab.allocate(count, dtype, self._options.chunk_bytes)
             for count, dtype in zip(counts, dtypes, strict=True)
         ]
+        return [self._moved(slab) for slab in slabs] if self._on_device else slabs
+
+    def _moved(self, mirror: Slab) -> Slab:
+        """A slab of zeros on the device, for its mirror on the host."""
+        assert self._on_device
+        self._on_device.device.pin(mirror.tensor)
+        tensor = torch.zeros_like(mirror.tensor, device=self._on_device.where)
+        return on_device(mirror, tensor, self._on_device.device)
 
     def plan(
         self,
@@ -122,13 +169,15 @@ class Reducer:
             in_shared_memory=slab.place is not None,
             ordered=self._options.ordered,
             narrow=self._options.wire != "same",
+            on_device=self._on_device is not None,
+            stays=self._on_device is not None and self._on_device.stays,
         )
         forced = self._options.way
         if forced == "two_level" and len(self._nodes) == 1:
             forced = "shared"  # which is the lower of the two levels
         if forced == "native" and reduce.is_native(slab.tensor.dtype):
             return [forced]
-        if forced in ("direct", "ring") or forced in ways:
+        if forced in ("direct", "ring", *reduce.STAY_ON_DEVICE) or forced in ways:
             return [forced]
         return ways
 
@@ -141,10 +190,17 @@ class Reducer:
         flat = [nbytes for cut in needed for nbytes in cut]
         # The channel lets operations begin as long as their scratch fits in `in_flight_bytes`.
         in_flight = min(self._options.in_flight_bytes, sum(flat))
-        ring = ScratchRing(in_flight, max(flat, default=0))
+        host = ScratchRing(in_flight, max(flat, default=0))
+        stays = any(way in reduce.STAY_ON_DEVICE for way in self.ways)
+        there = (
+            ScratchRing(in_flight, max(flat, default=0), self._on_device.where)
+            if stays and self._on_device
+            else host
+        )
         lanes = count()
         self._planned = [[] for _ in slabs]
         for index in sequence:
+            ring = there if self.ways[index] in reduce.STAY_ON_DEVICE else host
             self._planned[index] = [
                 _Planned(
                     self._operation(self.ways[index], part, next(lanes), ring.part(nbytes)),

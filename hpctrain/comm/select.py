@@ -98,11 +98,15 @@ def _try(channel: Channel, slab: Slab, arms: Mapping[str, Sequence[Operation]]) 
     turn = 0
     while turn < rounds:
         for way, operations in arms.items():
+            slab.hand_over()
             barrier_on(channel)
             begun_s = time.perf_counter()
             tickets = [channel.post(operation, f"trial of {way}") for operation in operations]
             for ticket in tickets:
                 channel.engine.wait(ticket)
+            while slab.crossing and not slab.crossing.has_ended:
+                pass
+            slab.take_back()
             times[way].append(time.perf_counter() - begun_s)
         turn += 1
         if turn == 1:  # the first round plans, and is not counted

@@ -8,7 +8,8 @@ no rank used, so that their `grad` stays None and the optimizer leaves them alon
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from math import prod
 from typing import Any, NoReturn
 
@@ -78,12 +79,16 @@ class Block:
         self.gradients = elements[:payload]
         flags = elements[payload:]
         flags.fill_(1)
-        # As integers of the same width, in NumPy: an operation on so few elements costs a third
-        # of torch's, and needs no dtype of its own for bfloat16.
-        bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}
         real = torch.view_as_real(flags)[:, 0] if dtype.is_complex else flags
-        self._flags = real.view(bits[real.element_size()]).numpy()
-        self._set = self._flags[0].copy()
+        self._flags: Any = real
+        self._set_flags: Callable[[], object] = partial(real.fill_, 1)
+        if slab.crossing is None:
+            # As integers of the same width, in NumPy: an operation on so few elements costs less
+            # than torch's, and needs no dtype of its own for bfloat16.
+            bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+            self._flags = real.view(bits[real.element_size()]).numpy()
+            self._set_flags = partial(self._flags.fill, self._flags[0].copy())
+        self._is_whole = False
         self.missing = len(parameters)
         self.ready_s = 0.0
         self._hidden: tuple[torch.Tensor, ...] = ()
@@ -115,7 +120,7 @@ class Block:
 
     def _collect(self, may_lack: bool) -> None:
         """Many small gradients are moved by one call: a call a gradient would cost more."""
-        self._flags.fill(self._set)
+        self._set_flags()
         positions, sources, targets = [], [], []
         for position, (parameter, view) in enumerate(zip(self.parameters, self.views, strict=True)):
             gradient = parameter.grad
@@ -154,12 +159,12 @@ class Block:
         Raises:
             ExchangeError: a gradient is not the one that is being exchanged.
         """
+        self._is_whole = self.delivered
         if self.delivered:
             self._check_kept()
         if not self._hidden:
             self._hidden = tuple(
-                torch.zeros((), dtype=view.dtype).expand(view.shape).as_subclass(OnTheWire)
-                for view in self.views
+                view.new_zeros(()).expand(view.shape).as_subclass(OnTheWire) for view in self.views
             )
         for parameter, hidden in zip(self.parameters, self._hidden, strict=True):
             parameter.grad = hidden
@@ -178,7 +183,8 @@ class Block:
 
     def reveal(self, places: Sequence[int] | None = None) -> None:
         """After the sum: show gradients that are hidden, or those of the parameters at `places`."""
-        used = self._used()
+        # On a device, to read flags is to wait for it.
+        used = [True] * len(self.parameters) if self._is_whole else self._used()
         for place in range(len(self.parameters)) if places is None else places:
             parameter = self.parameters[place]
             if places is not None or parameter.grad is self._hidden[place]:
@@ -201,18 +207,21 @@ class Block:
 
 def gradient_norm(blocks: Sequence[Block]) -> torch.Tensor:
     """Euclidean norm of all gradients of `blocks` together, float64."""
-    norms = [torch.zeros((), dtype=torch.float64)]
-    norms += [_norm(block.gradients) for block in blocks]
+    norms = [_norm(block.gradients) for block in blocks]
+    if not norms:
+        return torch.zeros((), dtype=torch.float64)
     total: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms))
     return total
 
 
 def _norm(gradients: torch.Tensor) -> torch.Tensor:
     """As float64, but summed wide only where squares overflow, which takes thrice as long."""
+    widest = torch.complex128 if gradients.is_complex() else torch.float64
     wide = torch.float32 if gradients.element_size() == 2 else None
+    if gradients.device.type != "cpu":  # to look at a first result would be to wait for it
+        wide = widest
     norm: torch.Tensor = torch.linalg.vector_norm(gradients, dtype=wide).double()
-    if not norm.isfinite():
-        widest = torch.complex128 if gradients.is_complex() else torch.float64
+    if wide is not widest and not norm.isfinite():
         norm = torch.linalg.vector_norm(gradients, dtype=widest).double()
     return norm
 

@@ -31,7 +31,8 @@ class DataParallel(nn.Module):
     Construction and every backward outside `no_sync` are collective.
 
     Args:
-        module: on the host, with dense gradients. Wrap it before or after `torch.compile`.
+        module: on the host or on one CUDA device, with dense gradients. Wrap it before or after
+            `torch.compile`.
         config: how gradients are exchanged.
         world: the ranks; by default those of `hpctrain.join()`.
 
@@ -212,9 +213,11 @@ def _refuse_unsupported(module: nn.Module) -> None:
     for name, parameter in module.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             what, fix = "has no shape yet", "run one forward pass before DataParallel"
-        elif parameter.device.type != "cpu":
-            what = f"is on {parameter.device}"
-            fix = "keep the model on the CPU; gradients in device memory are not exchanged yet"
+        elif parameter.device.type not in ("cpu", "cuda"):
+            what, fix = f"is on {parameter.device}", "put the model on the CPU or on a CUDA device"
+        elif parameter.device != next(module.parameters()).device:
+            what = f"is on {parameter.device}, others are on {next(module.parameters()).device}"
+            fix = "put all of the model on one device"
         elif type(parameter.data) is not torch.Tensor:
             what = f"is a {type(parameter.data).__name__}"
             fix = "use plain tensors; sharded and quantized ones have no gradient of their own here"

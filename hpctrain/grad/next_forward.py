@@ -325,6 +325,7 @@ class NextForward:
         begun_s = now_s()
         for ticket in block.tickets:
             self._engine.wait(ticket)
+        block.slab.take_back()
         if block.tickets:
             span = (block.tickets[0].begun_s, max(t.finished_s for t in block.tickets))
             self._spans_s[block.index] = span

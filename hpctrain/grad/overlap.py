@@ -39,9 +39,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from hpctrain.comm import reduce
 from hpctrain.comm.collect import all_gather, broadcast
+from hpctrain.comm.device import cuda
+from hpctrain.comm.device_probe import messages_take_device_memory
 from hpctrain.comm.engine import IN_FLIGHT_BYTES, PROGRESS_MODES, Channel, Engine
 from hpctrain.comm.memory import release_freed
-from hpctrain.comm.reducer import CHUNK_BYTES, ReduceOptions, Reducer
+from hpctrain.comm.reducer import CHUNK_BYTES, OnDevice, ReduceOptions, Reducer
 from hpctrain.config import check, option
 from hpctrain.errors import ExchangeError
 from hpctrain.grad import priority
@@ -140,6 +142,7 @@ class Exchange:
                 in_flight_bytes=config.in_flight_bytes,
                 chunk_bytes=config.chunk_bytes,
             ),
+            device_of(self.parameters, engine),
         )
         self.buffers: BufferSync | None = None
         self.weight = 1.0 / self.world.size
@@ -307,6 +310,7 @@ class Exchange:
     def _wait(self, block: Block) -> None:
         for ticket in block.tickets:
             self.engine.wait(ticket)
+        block.slab.take_back()
 
     def gradient_norm(self) -> torch.Tensor:
         """Euclidean norm of all averaged gradients together, float64. The same bits on all ranks.
@@ -489,6 +493,7 @@ class Exchange:
         block.released = True
         self._next += 1
         if self.world.size > 1:
+            block.slab.hand_over()
             block.tickets = self.reducer.post(block.index, block.label)
 
     def _reset(self) -> None:
@@ -500,6 +505,17 @@ class Exchange:
             block.delivered = block.released = False
             if not self.later:  # which waits for them
                 block.tickets = []
+
+
+def device_of(parameters: Sequence[nn.Parameter], engine: Engine) -> OnDevice | None:
+    """The device that parameters are on, and what MPI can do there; None for the host. Collective.
+
+    All parameters are on one device.
+    """
+    where = parameters[0].device if parameters else torch.device("cpu")
+    if where.type != "cuda":
+        return None
+    return OnDevice(where, cuda(where), messages_take_device_memory(engine))
 
 
 def _late(name: str, block: Block) -> ExchangeError:

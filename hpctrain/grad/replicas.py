@@ -94,7 +94,7 @@ def broadcast_state(channel: Channel, module: nn.Module) -> None:
     copies = []
     for tensor in (*module.parameters(), *module.buffers()):
         data = tensor.detach()
-        flat = data if data.is_contiguous() else data.contiguous()
+        flat = data.cpu().contiguous()  # itself, where it is both
         if flat is not data:
             copies.append((data, flat))
         nbytes = flat.numel() * flat.element_size()
@@ -148,7 +148,8 @@ class BufferSync:
     def post(self, weight: float) -> None:
         """Start; every rank must. `weight` is this rank's share of the step's samples."""
         for group in self._groups:
-            torch.cat([named.buffer().flatten() for named in group.buffers], out=group.flat)
+            parts = [named.buffer().flatten().to(group.flat.device) for named in group.buffers]
+            torch.cat(parts, out=group.flat)
             if group.averages:
                 group.flat.mul_(weight)
             nbytes = group.flat.numel() * group.flat.element_size()
@@ -161,7 +162,8 @@ class BufferSync:
             parts = group.flat.split([named.shape.numel() for named in group.buffers])
             with torch.no_grad():
                 for named, part in zip(group.buffers, parts, strict=True):
-                    buffer, value = named.buffer(), part.view(named.shape)
+                    buffer = named.buffer()
+                    value = part.view(named.shape).to(buffer.device)
                     if not torch.equal(buffer, value):
                         buffer.copy_(value)
 
@@ -208,4 +210,4 @@ def _shape(tensor: torch.Tensor) -> str:
 
 
 def _checksum(tensor: torch.Tensor) -> int:
-    return zlib.crc32(tensor.detach().flatten().contiguous().view(torch.uint8).numpy().data)
+    return zlib.crc32(tensor.detach().flatten().contiguous().view(torch.uint8).cpu().numpy().data)

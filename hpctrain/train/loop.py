@@ -25,6 +25,7 @@ from hpctrain.trace import now_s
 from hpctrain.train import checkpoint, resume
 from hpctrain.train.checks import check_same_data, loss_mistake
 from hpctrain.train.console import Console, Progress, RankLog
+from hpctrain.train.device import device_of, moved
 from hpctrain.train.interrupt import told_when_interrupted
 from hpctrain.train.metrics import Metrics, StepFigures
 from hpctrain.train.optimizer import build_optimizer
@@ -36,6 +37,8 @@ from hpctrain.world import World
 __all__ = ["Parts", "Settings", "TrainConfig", "Trainer", "seed_generators"]
 
 _log = logging.getLogger("hpctrain")
+
+HOST = torch.device("cpu")
 
 
 class Trainer:
@@ -70,6 +73,8 @@ class Trainer:
         self.console = Console(speaks=world.is_root, line_s=settings.run.line_s)
         self.step_number = 0
         train = settings.train
+        self.device = device_of(world, train.device)
+        parts.model.to(self.device)
         if settings.exchange.deterministic:
             torch.use_deterministic_algorithms(True)
         check_same_data(self.control, world, parts.train_data, "training")
@@ -175,7 +180,8 @@ class Trainer:
 
         with self._phase("data"):
             self.model.exchange.weight = share.weight
-            subsets = self._in_phase("data", share.subsets)
+            on_device = (moved(subset, self.device) for subset in share.subsets)
+            subsets = self._in_phase("data", on_device)
         accumulate(self.model, subsets, len(share.sizes), backward)
 
         with self._phase("optimizer"):
@@ -218,15 +224,15 @@ class Trainer:
         """Write a checkpoint. The first one of a launch is read back at once."""
         own: dict[str, Any] = {"generators": generator_state()}
         if self.settings.exchange.buffers == "local":
-            own["buffers"] = resume.local_buffers(self.parts.model)
+            own["buffers"] = moved(resume.local_buffers(self.parts.model), HOST)
         with self._phase("save"):
             checkpoint.save(
                 self.control,
                 self.run_folder.checkpoints,
                 self.step_number,
                 shared={
-                    "model": self.parts.model.state_dict(),
-                    "optimizer": self.optimizer.state_dict(),
+                    "model": moved(self.parts.model.state_dict(), HOST),
+                    "optimizer": moved(self.optimizer.state_dict(), HOST),
                     "exchange": self.model.exchange.state_dict(),
                 },
                 own=own,
@@ -245,7 +251,7 @@ class Trainer:
             log = RankLog(self.run_folder.log(self.world.rank), self.world, self.console)
             show_sample(
                 self.parts.sample,
-                self.parts.model,
+                self.parts.model.to(HOST),
                 self.run_folder,
                 self.console,
                 self.settings.seed,
@@ -344,7 +350,7 @@ class Trainer:
         whole = Batches(data, batch=batch, shuffle=False, collate=self.parts.collate)
         for index in range(self.world.rank, -(-len(data) // batch), self.world.size):
             count = min(batch, len(data) - index * batch)
-            subset = whole.read(index * batch, count)
+            subset = moved(whole.read(index * batch, count), self.device)
             figures = {"loss": self.parts.loss(self.model, subset)}
             if self.parts.metrics:
                 figures |= self.parts.metrics(self.model, subset)

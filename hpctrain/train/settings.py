@@ -13,6 +13,7 @@ from hpctrain.config import check, option
 from hpctrain.data.batches import Collate, MapStyle
 from hpctrain.grad.overlap import ExchangeConfig
 from hpctrain.train.checkpoint import CheckpointConfig
+from hpctrain.train.device import DEVICES
 from hpctrain.train.optimizer import ScheduleConfig
 from hpctrain.train.run_folder import RunConfig
 
@@ -29,6 +30,8 @@ class TrainConfig:
     """Samples of one step over all ranks, whatever their number."""
     micro_batch: int = option(0, minimum=0)
     """Largest number of samples that a rank computes at a time; 0 for its whole share."""
+    device: str = option("cpu", choices=DEVICES)
+    """Where to train; `cuda` deals the GPUs of a node out to its ranks in turn."""
     shuffle: bool = True
     """Whether a map-style data set is read in a new random order in each epoch."""
     clip_norm: float | None = option(None, above=0)

@@ -17,7 +17,7 @@ from torch import nn
 from hpctrain import ExchangeConfig, World
 from hpctrain.comm.collect import all_gather
 from hpctrain.comm.engine import engine_of
-from hpctrain.errors import CheckpointError, JobError, TrainingError
+from hpctrain.errors import CheckpointError, JobError, TrainingError, UnfitError
 from hpctrain.train.checkpoint import CheckpointConfig
 from hpctrain.train.loop import Parts, Settings, TrainConfig, Trainer, seed_generators
 from hpctrain.train.optimizer import ScheduleConfig
@@ -228,6 +228,24 @@ def test_next_forward_records_the_same_and_stops_at_bad_gradients(
     with pytest.raises(TrainingError, match=rf"in step 1: .*rank {world.size - 1}"):
         made.run()
     world.comm.Barrier()
+
+
+def test_gpu_is_refused_where_there_is_none(
+    world: World, shared_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UnfitError, match="torch sees no GPU"):
+        trainer(world, shared_folder, settings(device="cuda"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible")
+def test_gpu_gives_the_curve_of_the_host(world: World, shared_folder: Path) -> None:
+    found = []
+    for device in ("cpu", "cuda"):
+        made = trainer(world, shared_folder / device, settings(device=device))
+        made.run()
+        found.append(losses(made))
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
 
 
 def test_finished_run_is_not_continued(world: World, shared_folder: Path) -> None:

@@ -10,6 +10,14 @@
 - ``two_level``: ``shared`` within each node; between nodes every rank exchanges its slice with
   the ranks of the same place on other nodes.
 
+A slab on a device is summed by these on its mirror on the host, or where it lies:
+
+- ``device_direct``, ``device_ring``: as ``direct`` and ``ring``, by messages out of and into device
+  memory, summed by the device.
+
+``native`` is for the host alone: collectives must begin in the same order on all ranks, and an
+operation that first waits for a device begins whenever that has come.
+
 All multiply the sum by a scale, 1/n for an average, and leave the same bits on every rank. Where a
 wire of 16 bits is asked for, it is used between processes that do not share memory.
 """
@@ -21,12 +29,14 @@ from collections.abc import Sequence
 import torch
 from mpi4py import MPI
 
+from hpctrain.comm.device import staged
 from hpctrain.comm.engine import Operation, Steps
 from hpctrain.comm.memory import Slab, buffer_of
 from hpctrain.comm.reduce.messages import Direct, Ring
 from hpctrain.comm.reduce.shared import SharedSum
 
-WAYS = ("native", "direct", "ring", "shared", "two_level")
+STAY_ON_DEVICE = ("device_direct", "device_ring")
+WAYS = ("native", "direct", "ring", "shared", "two_level", *STAY_ON_DEVICE)
 IN_SHARED_MEMORY = ("shared", "two_level")
 WIRE_DTYPES: dict[str, torch.dtype | None] = {
     "same": None,
@@ -52,6 +62,8 @@ def possible(
     in_shared_memory: bool,
     ordered: bool,
     narrow: bool,
+    on_device: bool = False,
+    stays: bool = False,
 ) -> list[str]:
     """The ways that can sum slabs of `dtype`, the one to prefer among equals first.
 
@@ -62,6 +74,8 @@ def possible(
         ordered: whether an element's order of summation must depend on nothing but the layout of
             ranks.
         narrow: whether the wire has 16 bits.
+        on_device: whether the slab is in device memory.
+        stays: whether messages may begin and end there.
     """
     size = sum(len(ranks) for ranks in nodes)
     ways = []
@@ -69,12 +83,16 @@ def possible(
         ways.append("shared" if len(nodes) == 1 else "two_level")
     if size <= DIRECT_RANKS or ordered:
         ways.append("direct")
+        if stays:
+            ways.append("device_direct")
     if len(nodes) == 1 and (size <= DIRECT_RANKS or ordered):
         return ways  # they have the same bits, so that measured times do not decide about results
     if ordered:
         return ways[:1]
     ways.append("ring")
-    if is_native(dtype) and not narrow:
+    if stays:
+        ways.append("device_ring")
+    if is_native(dtype) and not narrow and not on_device:
         ways.append("native")
     return ways
 
@@ -84,6 +102,7 @@ def scratch_bytes(
 ) -> int:
     """Temporary memory that `all_reduce` needs for a slab on `size` ranks."""
     count, dtype = slab.tensor.numel(), slab.tensor.dtype
+    way = way.removeprefix("device_")
     if way == "direct":
         return Direct.scratch_bytes(count, dtype, wire, size)
     if way == "ring":
@@ -116,19 +135,26 @@ def all_reduce(
         scale: factor of the sum.
         wire: 16-bit dtype on the wire, or None for the slab's own; not for ``native``.
         ordered: for ``two_level``, whether nodes are summed in order.
-        scratch: at least `scratch_bytes` bytes, which nobody else uses while the operation runs;
-            by default memory of its own.
+        scratch: at least `scratch_bytes` bytes, which nobody else uses while the operation runs,
+            where the messages are; by default memory of its own.
         lane: tells operations apart that run on one channel at the same time; below `LANES`.
     """
+    crossing = slab.crossing
+    if crossing and way not in STAY_ON_DEVICE:
+        on_host = all_reduce(
+            way, crossing.mirror, scale, wire, ordered=ordered, scratch=scratch, lane=lane
+        )
+        return staged(slab, on_host)
+    way = way.removeprefix("device_")
     if way == "native":
-        assert slab.tensor.dtype in _MPI_TYPES and wire is None
+        assert slab.tensor.dtype in _MPI_TYPES and wire is None and crossing is None
         return _native(slab.tensor, scale)
     if way in IN_SHARED_MEMORY:
         assert slab.place is not None
         between = _between(len(slab.place.across), ordered)
         return SharedSum(slab, scale, wire, between, scratch, lane)
     by_messages = Direct if way == "direct" else Ring
-    return by_messages(slab.tensor, scale, wire, None, scratch, lane)
+    return by_messages(slab.tensor, scale, wire, None, scratch, lane, crossing)
 
 
 def _between(nodes: int, ordered: bool) -> type[Direct] | type[Ring]:

@@ -8,11 +8,13 @@ least that an all-reduce can do (Patarasuk and Yuan, 2009).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from mpi4py import MPI
 
+from hpctrain.comm.device import Crossing, DeviceSum
 from hpctrain.comm.engine import FIRST_FIXED_TAG, LANES, Steps
 from hpctrain.comm.memory import aligned, buffer_of
 from hpctrain.comm.reduce.sums import SumInOrder, slices
@@ -22,12 +24,13 @@ class _Planned(ABC):
     """What both have in common: planned on the first communicator that they run on.
 
     Args:
-        slab: real elements, contiguous, on the host.
+        slab: real elements, contiguous.
         scale: factor of the sum.
         wire: narrower dtype on the wire, or None for the slab's own.
         members: ranks of the group, in the order of summation; None for the whole communicator.
         scratch: at least `scratch_bytes` bytes, which nobody else uses while the operation runs.
         lane: tells operations apart that run on one channel at the same time.
+        crossing: if the slab is on a device, in whose memory messages then begin and end.
     """
 
     def __init__(
@@ -38,7 +41,9 @@ class _Planned(ABC):
         members: Sequence[int] | None,
         scratch: torch.Tensor | None,
         lane: int,
+        crossing: Crossing | None = None,
     ) -> None:
+        self._crossing = crossing
         self._slab = slab
         self._scale = scale
         self._narrow = narrower(wire, slab.dtype)
@@ -56,10 +61,22 @@ class _Planned(ABC):
                 nbytes = self.scratch_bytes(
                     self._slab.numel(), self._slab.dtype, self._narrow, len(members)
                 )
-                self._scratch = torch.empty(nbytes, dtype=torch.uint8)
+                self._scratch = torch.empty(nbytes, dtype=torch.uint8, device=self._slab.device)
             self._plan(comm, members, here, self._scratch)
             self._planned_for = comm
         assert self._planned_for is comm, "planned for another channel"
+
+    def _ready(self) -> Steps:
+        """Wait until the slab may be read, which on a device is later than when it was posted."""
+        if self._crossing and self._crossing.ready:
+            yield self._crossing.ready.query
+
+    def _compute(self, work: Callable[[], object]) -> Steps:
+        """Compute now on the host, or on a device, where messages must wait for the end."""
+        if self._crossing:
+            yield self._crossing.device.run(work, "sum").query
+        else:
+            work()
 
     @abstractmethod
     def __call__(self, comm: MPI.Intracomm, tag: int) -> Steps:
@@ -106,18 +123,19 @@ class Direct(_Planned):
     def __call__(self, comm: MPI.Intracomm, tag: int) -> Steps:
         """The operation."""
         self._prepare(comm)
+        yield from self._ready()
         if self._narrow is not None:
             # Scaled before it is narrowed: a sum of float16 gradients may exceed 65,504.
-            torch.mul(self._slab, self._scale, out=self._wire)
+            yield from self._compute(partial(torch.mul, self._slab, self._scale, out=self._wire))
         if self._scatter:
             MPI.Prequest.Startall(self._scatter)
             yield self._scatter
-        self._sum()
+        yield from self._compute(self._sum)
         if self._gather:
             MPI.Prequest.Startall(self._gather)
             yield self._gather
         if self._narrow is not None:
-            self._slab.copy_(self._wire)
+            yield from self._compute(partial(self._slab.copy_, self._wire))
 
     @staticmethod
     def inboxes(members: int) -> int:
@@ -149,7 +167,8 @@ class Direct(_Planned):
             {members[place]: slice_of[place] for place in others},
         )
         ordered = [mine if place == here else parts[place] for place in range(len(members))]
-        self._sum = SumInOrder([mine], ordered, 1.0 if self._narrow else self._scale)
+        kind = DeviceSum if self._crossing else SumInOrder
+        self._sum = kind([mine], ordered, 1.0 if self._narrow else self._scale)
 
 
 class Ring(_Planned):
@@ -165,23 +184,24 @@ class Ring(_Planned):
     def __call__(self, comm: MPI.Intracomm, tag: int) -> Steps:
         """The operation."""
         self._prepare(comm)
+        yield from self._ready()
         if self._narrow is not None:
-            self._slab.mul_(self._scale)
+            yield from self._compute(partial(self._slab.mul_, self._scale))
         for requests, sent, received, inbox in self._scatter:
             if self._narrow is not None:
-                sent[1].copy_(sent[0])
+                yield from self._compute(partial(sent[1].copy_, sent[0]))
             MPI.Prequest.Startall(requests)
             yield requests
-            received.add_(inbox)
+            yield from self._compute(partial(received.add_, inbox))
         if self._narrow is not None:
-            self._sum[1].copy_(self._sum[0])
+            yield from self._compute(partial(self._sum[1].copy_, self._sum[0]))
         elif self._scale != 1:
-            self._sum[0].mul_(self._scale)
+            yield from self._compute(partial(self._sum[0].mul_, self._scale))
         for requests in self._gather:
             MPI.Prequest.Startall(requests)
             yield requests
         if self._narrow is not None:
-            self._slab.copy_(self._wire)
+            yield from self._compute(partial(self._slab.copy_, self._wire))
 
     @staticmethod
     def inboxes(members: int) -> int:

@@ -1,0 +1,178 @@
+"""Which calls of this MPI library take device memory: tried out in children that may crash or hang.
+
+Names and build flags mislead: libraries that say they take device buffers crash in some calls (Open
+MPI in `Iallreduce`, github.com/open-mpi/ompi/issues/9845). So each kind of call is run for real, by
+two ranks in processes of their own, with a time limit. What was found is kept for the library, the
+driver and the host.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from hpctrain.comm.collect import all_gather
+from hpctrain.comm.engine import Engine
+
+CALLS = ("send", "allreduce")
+"""Messages between two ranks, and a collective."""
+LIMIT_S = 60.0
+LAUNCHERS = ("OMPI_COMM_WORLD_", "OMPI_APP_", "PMIX_", "PMI_", "PRTE_", "SLURM_", "HYDRA_", "MPI_L")
+TAKEN = "taken"
+
+CHILD = """
+import sys, torch
+import mpi4py
+from mpi4py import MPI
+comm = MPI.COMM_WORLD
+rank, size = comm.Get_rank(), comm.Get_size()
+assert size == 2, "the launcher belongs to another MPI library"
+torch.cuda.set_device(rank % torch.cuda.device_count())
+mine = torch.arange(1024, dtype=torch.float32, device="cuda") + rank
+other = torch.zeros_like(mine)
+torch.cuda.synchronize()
+def buffer(tensor):
+    return MPI.buffer.fromaddress(tensor.data_ptr(), tensor.numel() * 4)
+call = sys.argv[1]
+if call == "send":
+    MPI.Request.Waitall([comm.Irecv([buffer(other), MPI.BYTE], 1 - rank),
+                         comm.Isend([buffer(mine), MPI.BYTE], 1 - rank)])
+    expected = mine + 1 - 2 * rank
+else:
+    comm.Allreduce([buffer(mine), 1024, MPI.FLOAT], [buffer(other), 1024, MPI.FLOAT])
+    expected = 2 * mine + 1 - 2 * rank
+torch.cuda.synchronize()
+right = comm.allreduce(bool((other == expected).all()), MPI.LAND)
+if rank == 0:
+    print("taken" if right else "garbled", flush=True)
+"""
+
+
+def device_calls(library: str) -> dict[str, str]:
+    """Of each kind of call, ``taken`` or a few words on how it failed. Not collective.
+
+    Args:
+        library: name and version of the MPI library.
+    """
+    cache = cache_file()
+    key = "; ".join([library, _driver(), socket.gethostname()])
+    known = _read(cache)
+    if key not in known:
+        launcher = find_launcher()
+        known[key] = {
+            call: ended([*launcher, sys.executable, "-c", CHILD, call])
+            if launcher
+            else "not tried: no mpiexec beside Python or on the path"
+            for call in CALLS
+        }
+        _write(cache, known)
+    return known[key]
+
+
+def messages_take_device_memory(engine: Engine) -> bool:
+    """Whether sends and receives do, on all hosts. Collective."""
+    world = engine.world
+    how = None
+    if world.local_rank == 0 and world.size > 1:
+        how = device_calls(world.library)["send"]
+    found = [text for text in all_gather(engine.control, how, label="device probe") if text]
+    return bool(found) and all(text == TAKEN for text in found)
+
+
+def find_launcher() -> list[str]:
+    """The command that starts two ranks, empty if there is none."""
+    beside = Path(sys.executable).with_name("mpiexec")
+    found = str(beside) if beside.exists() else shutil.which("mpiexec")
+    return [found, "-n", "2"] if found else []
+
+
+def ended(command: Sequence[str], limit_s: float = LIMIT_S) -> str:
+    """How a child that tries a call ends.
+
+    Args:
+        command: the child; prints ``taken`` when the data arrived, ``garbled`` when it did not.
+        limit_s: how long it may take.
+
+    Returns:
+        ``taken``, or a few words on how it failed.
+    """
+    alone = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHERS)}
+    try:
+        child = subprocess.Popen(
+            command,
+            env=alone,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
+        )
+    except OSError as error:
+        return f"not tried: {error}"
+    try:
+        out, _ = child.communicate(timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        child.terminate()  # a launcher ends its ranks
+        try:
+            child.communicate(timeout=5)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.communicate()
+        return f"not taken: the probe hung for {limit_s:g} s"
+    if out.split()[-1:] == [TAKEN]:
+        return TAKEN
+    if out.split()[-1:] == ["garbled"]:
+        return "not taken: the data arrived garbled"
+    reason = f"signal {-child.returncode}" if child.returncode < 0 else f"status {child.returncode}"
+    return f"not taken: the probe ended with {reason}"
+
+
+def cache_file() -> Path:
+    """Where findings are kept."""
+    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(home) / "hpctrain" / "device-calls.json"
+
+
+def _read(path: Path) -> dict[str, dict[str, str]]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(found, dict):
+        return {}
+    return {
+        key: calls
+        for key, calls in found.items()
+        if isinstance(calls, dict) and set(calls) == set(CALLS)
+    }
+
+
+def _write(path: Path, found: Mapping[str, Mapping[str, str]]) -> None:
+    """Ranks of one node may write at the same time: each writes to the side and renames."""
+    side = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        side.write_text(json.dumps(found, indent=1) + "\n")
+        os.replace(side, path)
+    except OSError:
+        side.unlink(missing_ok=True)  # it will be tried out again next time
+
+
+def _driver() -> str:
+    """Version of what torch finds below it."""
+    if not torch.cuda.is_available():
+        return "no driver"
+    runtime = torch.version.cuda or torch.version.hip
+    device = torch.cuda.get_device_name(0)
+    try:
+        driver = Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
+    except OSError:
+        driver = "unknown driver"
+    return f"{device}, {runtime}, {driver}"
