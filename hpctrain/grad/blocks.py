@@ -60,8 +60,8 @@ class Block:
         self.gradients = elements[:payload]
         flags = elements[payload:]
         flags.fill_(1)
-        # As integers of the same width, in NumPy: an operation on so few elements costs a third
-        # of torch's, and needs no dtype of its own for bfloat16.
+        # As integers of the same width, in NumPy: an operation on so few elements costs less than
+        # torch's, and needs no dtype of its own for bfloat16.
         bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}
         real = torch.view_as_real(flags)[:, 0] if dtype.is_complex else flags
         self._flags = real.view(bits[real.element_size()]).numpy()
