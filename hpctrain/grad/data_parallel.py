@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
@@ -15,6 +17,21 @@ from hpctrain.errors import ExchangeError
 from hpctrain.grad import replicas
 from hpctrain.grad.overlap import Exchange, ExchangeConfig
 from hpctrain.world import World, join
+
+
+def _untraced(method: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compiler.disable, whose import takes a second, put off until torch.compile is used."""
+    disabled: Callable[..., Any] | None = None
+
+    @wraps(method)
+    def call(*args: Any) -> Any:
+        nonlocal disabled
+        if "torch._dynamo" not in sys.modules:
+            return method(*args)
+        disabled = disabled or torch.compiler.disable(method)
+        return disabled(*args)
+
+    return call
 
 
 class DataParallel(nn.Module):
@@ -91,7 +108,7 @@ class DataParallel(nn.Module):
         self._refuse_other_parameters()
         replicas.check_same_values(self.exchange.engine.control, self.world, self.module)
 
-    @torch.compiler.disable
+    @_untraced
     def _prepare(self) -> None:
         if torch.is_grad_enabled():
             self.exchange.check_idle()
@@ -116,7 +133,7 @@ class DataParallel(nn.Module):
             if parameter.requires_grad and id(parameter) not in known:
                 raise _not_averaged(name, "was added or replaced after DataParallel was made")
 
-    @torch.compiler.disable
+    @_untraced
     def _mark(self, outputs: Any) -> Any:
         """Have the exchange notice when backward enters the graph of this forward.
 
