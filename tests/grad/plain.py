@@ -170,8 +170,5 @@ def assert_close(
 
 
 def assert_same_bits(world: World, found: Sequence[torch.Tensor | None]) -> None:
-    everyone = all_gather(engine_of(world).control, found)
-    for other in everyone[1:]:
-        for first, second in zip(everyone[0], other, strict=True):
-            assert (first is None) == (second is None)
-            assert first is None or torch.equal(first, second)
+    mine = [None if g is None else g.reshape(-1).view(torch.uint8).numpy().tobytes() for g in found]
+    assert all(other == mine for other in all_gather(engine_of(world).control, mine))
