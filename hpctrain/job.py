@@ -34,12 +34,14 @@ from hpctrain import job_file
 from hpctrain.comm.collect import all_gather
 from hpctrain.comm.engine import engine_of
 from hpctrain.config import nearest, option, read
+from hpctrain.data.generators import seed_generators
 from hpctrain.errors import ExchangeError, JobError, MismatchError
 from hpctrain.grad.overlap import ExchangeConfig
 from hpctrain.train.checkpoint import CheckpointConfig
-from hpctrain.train.loop import Parts, Settings, TrainConfig, Trainer, seed_generators
+from hpctrain.train.loop import Trainer
 from hpctrain.train.optimizer import ScheduleConfig, check_optimizer
 from hpctrain.train.run_folder import RunConfig
+from hpctrain.train.settings import Parts, Settings, TrainConfig
 from hpctrain.world import World
 
 _REQUIRED = ("model", "train_data", "loss")

@@ -152,6 +152,12 @@ class Launch:
         path.write_text(text)
         return path
 
+    def job(self, module: str, keys: str, name: str = "odd") -> str:
+        """A job of this module and these keys; returns the job file, as `run` takes it."""
+        (self.folder / f"{name}.py").write_text(module)
+        (self.folder / f"{name}.toml").write_text(f'module = "{name}.py"\n{keys}')
+        return f"{name}.toml"
+
 
 @pytest.fixture
 def launch(tmp_path: Path) -> Launch:

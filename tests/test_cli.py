@@ -184,18 +184,16 @@ def test_all_mistakes_of_a_job_are_told_at_once_and_once(launch: Launch, ranks: 
 
 
 def test_job_module_that_fails_on_one_rank_ends_all_with_its_name(launch: Launch) -> None:
-    (launch.folder / "odd.py").write_text(
+    job = launch.job(
         "import hpctrain, torch\n"
         "def model():\n"
         "    if hpctrain.join().rank == 1: raise OSError('no such weights')\n"
         "    return torch.nn.Linear(1, 1)\n"
         "def train_data(): return [torch.ones(1)]\n"
-        "def loss(model, batch): return model(batch).mean()\n"
+        "def loss(model, batch): return model(batch).mean()\n",
+        "train = { steps = 1, batch = 1 }",
     )
-    (launch.folder / "odd.toml").write_text(
-        'module = "odd.py"\ntrain = { steps = 1, batch = 1 }\noptimizer = { name = "sgd" }\n'
-    )
-    ended = launch(2, *HPCTRAIN, "run", "odd.toml")
+    ended = launch(2, *HPCTRAIN, "run", job)
     assert ended.status == 2
     assert "rank 1" in ended.err
     assert re.search(r"OSError: no such weights\n  where: .*odd\.py:3 in model", ended.err)
@@ -203,34 +201,30 @@ def test_job_module_that_fails_on_one_rank_ends_all_with_its_name(launch: Launch
 
 
 def test_model_that_differs_between_ranks_is_the_jobs_mistake(launch: Launch) -> None:
-    (launch.folder / "odd.py").write_text(
+    job = launch.job(
         "import hpctrain, torch\n"
         "def model(): return torch.nn.Linear(1, 1 + hpctrain.join().rank)\n"
         "def train_data(): return [torch.ones(1)]\n"
-        "def loss(model, batch): return model(batch).mean()\n"
+        "def loss(model, batch): return model(batch).mean()\n",
+        "train = { steps = 1, batch = 2 }",
     )
-    (launch.folder / "odd.toml").write_text(
-        'module = "odd.py"\ntrain = { steps = 1, batch = 2 }\noptimizer = { name = "sgd" }\n'
-    )
-    ended = launch(2, *HPCTRAIN, "run", "odd.toml", limit_s=60)
+    ended = launch(2, *HPCTRAIN, "run", job, limit_s=60)
     assert ended.status == 2
     assert "odd.py: the model is not the same on all ranks" in ended.err
     assert "Traceback" not in ended.err
 
 
 def test_loss_that_fails_in_training_ends_all_with_its_traceback(launch: Launch) -> None:
-    (launch.folder / "odd.py").write_text(
+    job = launch.job(
         "import hpctrain, torch\n"
         "def model(): return torch.nn.Linear(1, 1)\n"
         "def train_data(): return [torch.ones(1)]\n"
         "def loss(model, batch):\n"
         "    if hpctrain.join().rank == 1: raise KeyError('label')\n"
-        "    return model(batch).mean()\n"
+        "    return model(batch).mean()\n",
+        "train = { steps = 1, batch = 2 }",
     )
-    (launch.folder / "odd.toml").write_text(
-        'module = "odd.py"\ntrain = { steps = 1, batch = 2 }\noptimizer = { name = "sgd" }\n'
-    )
-    ended = launch(2, *HPCTRAIN, "run", "odd.toml", limit_s=60)
+    ended = launch(2, *HPCTRAIN, "run", job, limit_s=60)
     assert ended.status == 1
     assert "rank 1" in ended.err
     assert "failed at step 1, forward" in ended.err

@@ -11,15 +11,13 @@ import sys
 import time
 from pathlib import Path
 
+import cluster
 import pytest
-
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-import cluster  # noqa: E402
-from cluster import Cluster, ClusterError  # noqa: E402
+from cluster import Cluster, ClusterError
 
 pytestmark = pytest.mark.launch
 
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 LIMIT_S = 60.0
 BAND = (0.5, 1.1)
 """Of the link's rate, decided before measuring; other programs use the same cores."""

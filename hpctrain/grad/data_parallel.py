@@ -16,6 +16,7 @@ from hpctrain.errors import ExchangeError
 from hpctrain.grad import replicas
 from hpctrain.grad.next_forward import BlockCheck, NextForward
 from hpctrain.grad.overlap import Exchange, ExchangeConfig
+from hpctrain.grad.untraced import untraced
 from hpctrain.world import World, join
 
 
@@ -138,7 +139,7 @@ class DataParallel(nn.Module):
         self.wait_for_gradients()
         replicas.check_same_values(self.exchange.engine.control, self.world, self.module)
 
-    @torch.compiler.disable
+    @untraced
     def _prepare(self) -> None:
         if self.exchange.later:
             self.exchange.later.before_forward(torch.is_grad_enabled())
@@ -154,7 +155,7 @@ class DataParallel(nn.Module):
                 self._refuse_other_parameters()
             self._forwards += 1
 
-    @torch.compiler.disable
+    @untraced
     def _observe(self, later: NextForward, args: Any, kwargs: Any) -> Any:
         return later.observe(lambda: self.module(*args, **kwargs))
 
@@ -169,7 +170,7 @@ class DataParallel(nn.Module):
             if parameter.requires_grad and id(parameter) not in known:
                 raise _not_averaged(name, "was added or replaced after DataParallel was made")
 
-    @torch.compiler.disable
+    @untraced
     def _mark(self, outputs: Any) -> Any:
         """Have the exchange notice when backward enters the graph of this forward.
 

@@ -29,6 +29,7 @@ from hpctrain.errors import ExchangeError
 from hpctrain.grad.blocks import Block
 from hpctrain.grad.priority import StepTimes
 from hpctrain.grad.replicas import BufferSync
+from hpctrain.grad.untraced import untraced
 from hpctrain.trace import COMPUTE, now_s
 
 BlockCheck = Callable[[Block], None]
@@ -140,7 +141,7 @@ class NextForward:
             if later is not None and later.owed:
                 later._update_for(indices)
 
-        return torch.compiler.disable(wait)  # type: ignore[no-any-return]
+        return untraced(wait)
 
     def _update_for(self, indices: Iterable[int]) -> None:
         for index in indices:

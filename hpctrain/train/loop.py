@@ -31,10 +31,8 @@ from hpctrain.train.metrics import Metrics, StepFigures
 from hpctrain.train.optimizer import build_optimizer
 from hpctrain.train.run_folder import open_run
 from hpctrain.train.sample import show_sample
-from hpctrain.train.settings import Parts, Settings, TrainConfig
+from hpctrain.train.settings import Parts, Settings
 from hpctrain.world import World
-
-__all__ = ["Parts", "Settings", "TrainConfig", "Trainer", "seed_generators"]
 
 _log = logging.getLogger("hpctrain")
 

@@ -23,6 +23,7 @@ from hpctrain.comm.collect import all_gather, broadcast
 from hpctrain.comm.engine import Channel
 from hpctrain.config import check, option
 from hpctrain.errors import ExitCode, HpctrainError, JobError, UnfitError
+from hpctrain.records import read_facts
 from hpctrain.train.checkpoint import complete_names, step_of
 from hpctrain.train.run_lock import RunLock, holder_of
 
@@ -86,12 +87,8 @@ class RunFolder:
         return self.path / "trace" / f"rank-{rank:05d}.jsonl"
 
     def facts(self) -> dict[str, Any]:
-        """What run.json says; empty when it is missing or cut off."""
-        try:
-            facts = json.loads((self.path / "run.json").read_text())
-        except (OSError, ValueError):
-            return {}
-        return facts if isinstance(facts, dict) else {}
+        """What run.json says; empty when it is missing or damaged."""
+        return read_facts(self.path)
 
     def write_facts(self, **facts: Any) -> None:
         """Add to run.json, replacing it in one step."""

@@ -136,7 +136,7 @@ def test_large_float16_gradients_do_not_overflow_on_the_wire(engine: Engine, wor
 
 
 @pytest.mark.parametrize("way", ["direct", "shared"])
-@pytest.mark.parametrize("cut", [7, 100, 1000])
+@pytest.mark.parametrize("cut", [77, 100, 1000])
 def test_rank_order_gives_the_same_bits_however_the_slab_is_cut(
     engine: Engine, world: World, cut: int, way: str
 ) -> None:

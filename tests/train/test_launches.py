@@ -29,8 +29,7 @@ def loss(model, batch):
     time.sleep(0.02)
     return model(batch).square().mean()
 """
-JOB = """
-module = "slow.py"
+KEYS = """
 train = { steps = 2000, batch = 4 }
 optimizer = { name = "sgd", lr = 0.01 }
 checkpoint = { every = 5 }
@@ -42,8 +41,7 @@ RUN = ("-m", "hpctrain", "run", "slow.toml")
 @pytest.fixture
 def runs(launch: Launch) -> Path:
     """Where runs of the job `slow` go."""
-    (launch.folder / "slow.py").write_text(MODULE)
-    (launch.folder / "slow.toml").write_text(JOB)
+    launch.job(MODULE, KEYS, name="slow")
     return launch.folder / "runs" / "slow"
 
 

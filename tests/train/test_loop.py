@@ -17,11 +17,13 @@ from torch import nn
 from hpctrain import ExchangeConfig, World
 from hpctrain.comm.collect import all_gather
 from hpctrain.comm.engine import engine_of
+from hpctrain.data.generators import seed_generators
 from hpctrain.errors import CheckpointError, JobError, TrainingError, UnfitError
 from hpctrain.train.checkpoint import CheckpointConfig
-from hpctrain.train.loop import Parts, Settings, TrainConfig, Trainer, seed_generators
+from hpctrain.train.loop import Trainer
 from hpctrain.train.optimizer import ScheduleConfig
 from hpctrain.train.run_folder import RunConfig
+from hpctrain.train.settings import Parts, Settings, TrainConfig
 
 pytestmark = pytest.mark.mpi
 

@@ -16,11 +16,13 @@ import torch
 from torch import nn
 
 from hpctrain import ExchangeConfig, World
+from hpctrain.data.generators import seed_generators
 from hpctrain.errors import CheckpointError, ExitCode, HpctrainError, JobError
 from hpctrain.train.checkpoint import CheckpointConfig, complete_names
-from hpctrain.train.loop import Parts, Settings, TrainConfig, Trainer, seed_generators
+from hpctrain.train.loop import Trainer
 from hpctrain.train.optimizer import ScheduleConfig
 from hpctrain.train.run_folder import AlreadyFinishedError, RunConfig
+from hpctrain.train.settings import Parts, Settings, TrainConfig
 
 pytestmark = pytest.mark.mpi
 
