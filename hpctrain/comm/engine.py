@@ -64,8 +64,9 @@ QUIET_POLLS = 3
 """Polls without a sleep after the last one that moved something."""
 HOOK_POLL_S = 5e-5
 """Shortest time between two polls from hooks, for models with thousands of small parameters."""
-SPINS = 200
-"""Polls of a waiting thread before it becomes more patient."""
+SPIN_S = 5e-4
+"""How long a waiting thread polls without a sleep after the last time that something moved. Longer,
+and it takes the core from the kernel, which moves what comes over a network."""
 WATCH_S = 0.05
 """Sleep of the engine's thread while it has nothing to move."""
 SWITCH_S = 2e-4
@@ -366,24 +367,27 @@ class Engine:
         return ticket.result
 
     def _drive_until_done(self, ticket: Ticket) -> None:
-        polls = 0
+        moved_s = now_s()
         self._waiters += 1
         try:
             while True:
                 with self._lock:  # blocking, so that a thread inside MPI gets the interpreter
-                    self._advance()
+                    moved = self._advance()
                 if ticket.done:
                     return
-                polls += 1
-                self._back_off(polls)
+                if moved:
+                    moved_s = self._polled_s
+                self._back_off(self._polled_s - moved_s)
         finally:
             self._waiters -= 1
+            if self.busy and self.progress == "thread":  # what is left is the thread's again
+                self._wake.set()
 
-    def _back_off(self, polls: int) -> None:
-        """Leave the core to ranks that compute, at once where cores are scarce."""
-        if polls > (SPINS if self._shares_core else 10 * SPINS):
+    def _back_off(self, idle_s: float) -> None:
+        """Leave the core to ranks that compute, and to the kernel."""
+        if idle_s > SPIN_S:
             time.sleep(POLL_S)
-        elif self._shares_core or polls > SPINS:
+        elif self._shares_core:
             _yield_core()
 
     def _advance(self) -> bool:

@@ -60,6 +60,9 @@ AT_ONCE_BYTES = 1 << 15
 """Gradients larger than this are moved into their slab by their own hook."""
 
 
+NEXT_FORWARD_IN_FLIGHT_BYTES = 1 << 20
+"""A block that is needed first cannot overtake messages that are on the wire already."""
+
 _exchanges: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """The exchange that averages each parameter's gradient, as a weak reference."""
 
@@ -88,7 +91,7 @@ class ExchangeConfig:
     progress: str = option("auto", choices=("auto", *PROGRESS_MODES))
     """Who moves blocks while backward runs; auto tries it out on the first steps (grad.trial)."""
     in_flight_bytes: int = option(IN_FLIGHT_BYTES, minimum=1)
-    """Memory for messages that are on the wire at a time."""
+    """Memory for messages that are on the wire at a time; with `next_forward` at most 1 MB."""
     chunk_bytes: int = option(CHUNK_BYTES, minimum=64)
     """Largest message operation; larger blocks are cut, so that sums and messages overlap."""
     deadline_s: float = option(300.0, above=0)
@@ -132,14 +135,17 @@ class Exchange:
         self.config = config
         self.engine = engine
         self.world = engine.world
-        self.channel: Channel = engine.channel(name, config.in_flight_bytes)
+        in_flight_bytes = config.in_flight_bytes
+        if config.next_forward:
+            in_flight_bytes = min(in_flight_bytes, NEXT_FORWARD_IN_FLIGHT_BYTES)
+        self.channel: Channel = engine.channel(name, in_flight_bytes)
         self.reducer = Reducer(
             self.channel,
             ReduceOptions(
                 way=config.way,
                 wire=config.wire,
                 ordered=config.deterministic,
-                in_flight_bytes=config.in_flight_bytes,
+                in_flight_bytes=in_flight_bytes,
                 chunk_bytes=config.chunk_bytes,
             ),
             device_of(self.parameters, engine),
