@@ -6,20 +6,23 @@ done by one thread a rank (`kernels`) or slept through (`sleep`), which leaves t
 a GPU does. A configuration's arms take turns in one run:
 
 - hpctrain, with bfloat16 on the wire too where compute is shortest, and with the next forward
-  overlapped, for which several steps are run one after another; there also, but for a quick look,
-  with blocks in the order of backward, to see what overtaking is worth;
+  overlapped, for which several steps are run one after another, also with blocks in the order of
+  backward, to see what overtaking is worth;
 - torch's DistributedDataParallel on gloo, with buckets of 4 and 25 MB;
-- but for a quick look, Heat's DataParallel where it can be imported, blocking and not;
-- the controls, which must lose: one Iallreduce a parameter after backward, and, but for a quick
-  look, one blocking all-reduce of all gradients;
+- Heat's DataParallel where it can be imported, blocking and not;
+- the controls, which must lose: one Iallreduce a parameter after backward, and one blocking
+  all-reduce of all gradients;
 - the step without exchange, whose parts are timed, and the wire alone: as many bytes as a
   bandwidth-optimal all-reduce sends from each host, by plain TCP. (By MPI messages it takes twice
   as long every now and then, when Open MPI serves one direction after the other.)
 
-The last two give the limit of a step that ends with averaged gradients: forward, then the longer
-of backward and wire, then the optimizer. Where the next forward may overlap as well, it is the
-longer of all compute, the optimizer's too, and the wire. Prints a table, the aims, and JSON as its
-last line.
+To save time, a quick look leaves out Heat, the order of backward and the blocking control, and
+`kernels` leave out the first two.
+
+The step without exchange and the wire give the limit of a step that ends with averaged gradients:
+forward, then the longer of backward and wire, then the optimizer. Where the next forward may overlap
+as well, it is the longer of all compute, the optimizer's too, and the wire. Prints a table, the aims,
+and JSON as its last line.
 """
 
 from __future__ import annotations
@@ -59,10 +62,10 @@ KINDS = ("sleep", "kernels")
 WIDTH = 720
 LAYERS, QUICK_LAYERS = 16, 8
 """33 MB of float32; half as much for a quick look."""
-REPEATS, QUICK_REPEATS = 9, 7
+REPEATS = 7
 TOLERANCE = {"bf16": 2e-2}
 EXACT = 1e-4
-CHAINED = 4
+CHAINED = 3
 """Steps in a row of an arm whose steps overlap each other."""
 NEXT_BLOCK_BYTES = 1 << 20
 """The next forward waits for a whole block, so that small ones let it begin sooner."""
@@ -309,7 +312,8 @@ class Bench:
             while wrapped.exchange.is_trying:
                 steppers[name]()
         chains = {}
-        for name in (*NEXT[:1], *(NEXT[1:] if len(controls) > 1 else ())):
+        is_whole = len(controls) > 1 and case.kind == KINDS[0]
+        for name in NEXT if is_whole else NEXT[:1]:
             config = hpctrain.ExchangeConfig(next_forward=True, block_bytes=NEXT_BLOCK_BYTES)
             wrapped = hpctrain.DataParallel(work.model(), config)
             wrapped.exchange.may_reorder = name == NEXT[0]
@@ -318,7 +322,8 @@ class Bench:
             while wrapped.exchange.is_trying or not wrapped.exchange.order_is_settled:
                 chains[name]()
         heats = {
-            name: Stepper(work, rank, *heat(work.model(), name, self._raw)) for name in self.heat
+            name: Stepper(work, rank, *heat(work.model(), name, self._raw))
+            for name in (self.heat if is_whole else ())
         }
         steppers |= heats
         alone = Stepper(work, rank, work.model())
@@ -388,7 +393,7 @@ def main() -> None:
     whole = [Case(kind, compute) for kind in KINDS for compute in COMPUTE]
     specification: dict[str, Any] = {
         "layers": QUICK_LAYERS if options.quick else LAYERS,
-        "repeats": QUICK_REPEATS if options.quick else REPEATS,
+        "repeats": REPEATS,
         "controls": CONTROLS[:1] if options.quick else CONTROLS,
         "heat": not options.quick,
     }
