@@ -19,10 +19,10 @@ a GPU does. A configuration's arms take turns in one run:
 To save time, a quick look leaves out Heat, the order of backward and the blocking control, and
 `kernels` leave out the first two.
 
-The step without exchange and the wire give the limit of a step that ends with averaged gradients:
-forward, then the longer of backward and wire, then the optimizer. Where the next forward may overlap
-as well, it is the longer of all compute, the optimizer's too, and the wire. Prints a table, the aims,
-and JSON as its last line.
+The step without exchange and the wire give the limit of a step that ends with averaged
+gradients: forward, then the longer of backward and wire, then the optimizer. Where the next forward
+may overlap as well, it is the longer of all compute, the optimizer's too, and the wire. Prints a
+table, the aims, and JSON as its last line.
 """
 
 from __future__ import annotations
