@@ -48,7 +48,7 @@ class LateDevice:
         self._asked = asked
         self._program_waits = program_waits
         self._last: dict[str, LateEvent] = {}
-        self.pinned = 0
+        self.pinned_bytes = 0
 
     def mark(self) -> LateEvent:
         return self._queue("program", lambda: None, ())
@@ -62,8 +62,15 @@ class LateDevice:
         if self._program_waits:
             event.complete()
 
-    def pin(self, mirror: torch.Tensor) -> None:
-        self.pinned += 1
+    def adopt(self, tensor: torch.Tensor) -> None:
+        pass
+
+    def host_memory(self, nbytes: int) -> torch.Tensor:
+        self.pinned_bytes += nbytes
+        return torch.zeros(nbytes, dtype=torch.uint8)
+
+    def pin(self, address: int, nbytes: int, owner: object) -> None:
+        self.pinned_bytes += nbytes
 
     def program(self, work: Callable[[], object]) -> None:
         """Queue what a training program would, such as a backward's kernels."""

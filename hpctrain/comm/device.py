@@ -18,6 +18,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache
 from typing import Any, Protocol
 
@@ -57,8 +58,20 @@ class Device(Protocol):
     def wait(self, event: Event) -> None:
         """Have what the calling thread queues from now on begin after `event`."""
 
-    def pin(self, mirror: torch.Tensor) -> None:
-        """Have copies to and from this host memory go by direct memory access, if they can."""
+    def adopt(self, tensor: torch.Tensor) -> None:
+        """Keep this device memory, once it is freed, until the queues are done with it."""
+
+    def host_memory(self, nbytes: int) -> torch.Tensor:
+        """Zeros on the host that copies reach by direct memory access."""
+
+    def pin(self, address: int, nbytes: int, owner: object) -> None:
+        """Have copies to and from other host memory go by direct memory access, if they can.
+
+        Args:
+            address: where it begins.
+            nbytes: how long it is; ranges must not share pages.
+            owner: lives as long as the memory.
+        """
 
 
 class Cuda:
@@ -89,18 +102,26 @@ class Cuda:
         """Have the current stream wait, not the host."""
         torch.cuda.current_stream(self.device).wait_event(event)
 
-    def pin(self, mirror: torch.Tensor) -> None:
+    def adopt(self, tensor: torch.Tensor) -> None:
+        """Tell the allocator which streams use the memory."""
+        for stream in self._queues.values():
+            tensor.record_stream(stream)
+
+    def host_memory(self, nbytes: int) -> torch.Tensor:
+        """Memory of torch's pinned allocator."""
+        return torch.zeros(nbytes, dtype=torch.uint8, pin_memory=True)
+
+    def pin(self, address: int, nbytes: int, owner: object) -> None:
         """Register the memory with the driver; slower copies remain where it refuses."""
         runtime: Any = torch.cuda.cudart()
-        address, nbytes = mirror.data_ptr(), mirror.numel() * mirror.element_size()
-        if not nbytes:
-            return
         with torch.cuda.device(self.device):
             refused = int(runtime.cudaHostRegister(address, nbytes, 0))
-        if refused:
+            if not refused:
+                weakref.finalize(owner, runtime.cudaHostUnregister, address)
+                return
             _log.warning("the driver does not pin host memory (error %d): copies are slow", refused)
-        else:
-            weakref.finalize(mirror, runtime.cudaHostUnregister, address)
+            with suppress(RuntimeError):  # the next launch would report the refusal as its own
+                torch.zeros(1, device=self.device).add_(1)
 
 
 @cache
@@ -154,6 +175,7 @@ def on_device(mirror: Slab, tensor: torch.Tensor, device: Device) -> Slab:
         tensor: one-dimensional and contiguous, on the device.
         device: its queues.
     """
+    device.adopt(tensor)
     chunks, start = [], 0
     for chunk in mirror.chunks:
         end = start + chunk.tensor.numel()

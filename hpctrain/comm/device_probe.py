@@ -2,8 +2,8 @@
 
 Names and build flags mislead: libraries that say they take device buffers crash in some calls (Open
 MPI in `Iallreduce`, github.com/open-mpi/ompi/issues/9845). So each kind of call is run for real, by
-two ranks in processes of their own, with a time limit. What was found is kept for the library, the
-driver and the host.
+two ranks in processes of their own, with a time limit. What was found is kept for the library and
+its settings, the driver and the host.
 """
 
 from __future__ import annotations
@@ -63,22 +63,24 @@ def device_calls(library: str) -> dict[str, str]:
         library: name and version of the MPI library.
     """
     cache = cache_file()
-    key = "; ".join([library, _driver(), socket.gethostname()])
+    key = "; ".join([library, *_library_files(), *_settings(), _driver(), socket.gethostname()])
     known = _read(cache)
-    if key not in known:
-        launcher = find_launcher()
-        known[key] = {
-            call: ended([*launcher, sys.executable, "-c", CHILD, call])
-            if launcher
-            else "not tried: no mpiexec beside Python or on the path"
-            for call in CALLS
-        }
-        _write(cache, known)
-    return known[key]
+    if key in known:
+        return known[key]
+    launcher = find_launcher()
+    found = {
+        call: ended([*launcher, sys.executable, "-c", CHILD, call])
+        if launcher
+        else "not tried: no mpiexec beside Python or on the path"
+        for call in CALLS
+    }
+    if not any("hung" in how or how.startswith("not tried") for how in found.values()):
+        _write(cache, {**known, key: found})  # the others may go better next time
+    return found
 
 
 def messages_take_device_memory(engine: Engine) -> bool:
-    """Whether sends and receives do, on all hosts. Collective."""
+    """Whether sends and receives do, between two ranks of each host. Collective."""
     world = engine.world
     how = None
     if world.local_rank == 0 and world.size > 1:
@@ -163,6 +165,22 @@ def _write(path: Path, found: Mapping[str, Mapping[str, str]]) -> None:
         os.replace(side, path)
     except OSError:
         side.unlink(missing_ok=True)  # it will be tried out again next time
+
+
+def _library_files() -> list[str]:
+    """The MPI library that is loaded: builds of one version differ in what they take."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        paths = {line.split()[-1] for line in lines if "/libmpi" in line}
+        return [f"{path} of {os.stat(path).st_mtime:.0f}" for path in sorted(paths)]
+    except OSError:
+        return []
+
+
+def _settings() -> list[str]:
+    """Variables that decide how the library moves messages."""
+    named = ("OMPI_MCA_", "UCX_", "MPICH_", "MPIR_CVAR_", "I_MPI_", "FI_")
+    return sorted(f"{key}={value}" for key, value in os.environ.items() if key.startswith(named))
 
 
 def _driver() -> str:

@@ -456,6 +456,11 @@ class Engine:
         self.world.position.phase = "leaving"
         assert self._watch is not None
         self._watch.leave()
+        polled = now_s()
+        while self.busy:  # MPI must not end with messages on the wire
+            with self._lock:
+                self._advance()
+            self._back_off(now_s() - polled)
         self.control.run(barrier, "the end of the program")
         self._closing = True
         self._wake.set()

@@ -18,7 +18,7 @@ import torch
 from hpctrain.comm import reduce
 from hpctrain.comm.device import Device, on_device
 from hpctrain.comm.engine import IN_FLIGHT_BYTES, Channel, Operation, Ticket
-from hpctrain.comm.memory import ScratchRing, Slab, aligned
+from hpctrain.comm.memory import ScratchRing, Slab, aligned, chunk_cuts
 from hpctrain.comm.node import shared_slabs
 from hpctrain.comm.select import Tried, kind_of, select
 from hpctrain.errors import ExchangeError
@@ -110,18 +110,20 @@ class Reducer:
         slabs = None
         if self._options.way in ("auto", *reduce.IN_SHARED_MEMORY):
             slabs = shared_slabs(self._channel.engine, counts, dtypes, self._options.chunk_bytes)
-        slabs = slabs or [
+        if self._on_device:
+            there = self._on_device
+            if slabs:
+                _pin(slabs, there.device)
+            else:
+                slabs = _pinned(counts, dtypes, self._options, there.device)
+            return [
+                on_device(mirror, torch.zeros_like(mirror.tensor, device=there.where), there.device)
+                for mirror in slabs
+            ]
+        return slabs or [
             Slab.allocate(count, dtype, self._options.chunk_bytes)
             for count, dtype in zip(counts, dtypes, strict=True)
         ]
-        return [self._moved(slab) for slab in slabs] if self._on_device else slabs
-
-    def _moved(self, mirror: Slab) -> Slab:
-        """A slab of zeros on the device, for its mirror on the host."""
-        assert self._on_device
-        self._on_device.device.pin(mirror.tensor)
-        tensor = torch.zeros_like(mirror.tensor, device=self._on_device.where)
-        return on_device(mirror, tensor, self._on_device.device)
 
     def plan(
         self,
@@ -232,6 +234,28 @@ class Reducer:
             scratch=scratch,
             lane=lane,
         )
+
+
+def _pinned(
+    counts: Sequence[int], dtypes: Sequence[torch.dtype], options: ReduceOptions, device: Device
+) -> list[Slab]:
+    """Slabs of zeros on the host, for the device to copy to and from."""
+    kinds = list(zip(counts, dtypes, strict=True))
+    sizes = [aligned(n * dtype.itemsize) for n, dtype in kinds]
+    slabs = []
+    for (n, dtype), part in zip(kinds, device.host_memory(sum(sizes)).split(sizes), strict=True):
+        tensor = part[: n * dtype.itemsize].view(dtype)
+        cuts = chunk_cuts(n, dtype.itemsize, options.chunk_bytes)
+        slabs.append(Slab(tensor, chunks=tuple(Slab(tensor[cut]) for cut in cuts)))
+    return slabs
+
+
+def _pin(slabs: Sequence[Slab], device: Device) -> None:
+    """Pin slabs that lie side by side, in one piece: single ones would share pages."""
+    filled = [slab for slab in slabs if slab.nbytes]
+    if filled:
+        start, end = filled[0].tensor.data_ptr(), filled[-1].tensor.data_ptr() + filled[-1].nbytes
+        device.pin(start, end - start, filled[0].tensor)
 
 
 def _parts(way: str, slab: Slab) -> Sequence[Slab]:

@@ -106,14 +106,20 @@ class DataParallel(nn.Module):
             check: called with each block when its average is there, before it is used; may raise.
 
         Raises:
-            ExchangeError: the optimizer does not treat every parameter by itself, or `next_forward`
-                is false.
+            ExchangeError: the optimizer does not treat every parameter by itself or lacks some,
+                it is the second one, or `next_forward` is false.
         """
         exchange = self.exchange
         if not exchange.config.next_forward:
             raise ExchangeError(
                 "overlap_step without next_forward",
                 fix="wrap with hpctrain.ExchangeConfig(next_forward=True)",
+                everywhere=True,
+            )
+        if exchange.later:
+            raise ExchangeError(
+                "overlap_step was called before",
+                fix="use one optimizer with several groups of parameters",
                 everywhere=True,
             )
         exchange.later = NextForward(

@@ -8,9 +8,10 @@ parameter takes the same updates, in the same bits, as without: a step of torch'
 every parameter by itself.
 
 What is needed where is observed in the first forward: a parameter may be used outside the module
-that owns it, as in `nn.MultiheadAttention` and with tied weights. A use that was not observed and
-comes before the update is refused when its gradient arrives, never silently wrong. In between,
-whoever looks at a gradient that is on the wire is told so (blocks.OnTheWire).
+that owns it, as in `nn.MultiheadAttention` and with tied weights. Later forwards must use
+parameters in the same modules; another use that comes before the update is refused when its
+gradient arrives, but not if it has no gradient, or if a module that does wait for the parameter
+runs after it. Whoever looks at a gradient that is on the wire is told so (blocks.OnTheWire).
 """
 
 from __future__ import annotations
@@ -58,11 +59,21 @@ class NextForward:
         optimizer: torch.optim.Optimizer,
         check: BlockCheck | None = None,
     ) -> None:
-        if isinstance(optimizer, _UNFIT):
+        kind = type(optimizer)
+        if not kind.__module__.startswith("torch.optim") or isinstance(optimizer, _UNFIT):
             raise ExchangeError(
-                f"{type(optimizer).__name__} does not treat every parameter by itself, so that "
-                "its step cannot be taken block by block",
-                fix="use another optimizer, or next_forward = false",
+                f"the step of {kind.__name__} cannot be taken block by block: it is not known to "
+                "treat every parameter by itself",
+                allowed="optimizers of torch.optim but LBFGS and SparseAdam",
+                fix="use one of those, or next_forward = false",
+                everywhere=True,
+            )
+        updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if any(id(parameter) not in updated for parameter in parameters):
+            raise ExchangeError(
+                "the optimizer does not update all parameters that are averaged",
+                fix="use one optimizer with several groups of parameters, freeze those that are "
+                "not trained before wrapping, or use next_forward = false",
                 everywhere=True,
             )
         self._engine = engine
@@ -70,7 +81,7 @@ class NextForward:
         self._check = check
         self._index = {id(parameter): i for i, parameter in enumerate(parameters)}
         self._block_of: dict[int, Block] = {}
-        self._in_flight: dict[Block, None] = {}
+        self.in_flight: dict[Block, None] = {}
         self.owed: dict[Block, list[int]] = {}
         """Blocks to update, and the places of the parameters that `step()` left out."""
         self._buffers: BufferSync | None = None
@@ -86,9 +97,10 @@ class NextForward:
         """How long computing has waited for the wire since this was last set to zero."""
         self._hook_optimizer(optimizer)
         self._module = weakref.ref(module)
-        settle = _settler(self)
-        module.register_state_dict_pre_hook(settle)
-        module.register_load_state_dict_pre_hook(settle)
+        for part in module.modules():
+            part.register_state_dict_pre_hook(_Hook(self, NextForward.settle))
+            part.register_load_state_dict_pre_hook(_Hook(self, NextForward.settle))
+        module.register_forward_pre_hook(_Hook(self, NextForward._finish_buffers), prepend=True)
 
     # ------------------------------------------------------------------ what is needed where
 
@@ -115,7 +127,8 @@ class NextForward:
             for user in of_index:
                 needs.setdefault(user, []).append(index)
         for user, indices in needs.items():
-            user.register_forward_pre_hook(self._waiter(tuple(indices)), prepend=True)
+            wait = _Hook(self, NextForward._update_for, tuple(indices))
+            user.register_forward_pre_hook(wait, prepend=True)
         return result
 
     def _complete(self, module: nn.Module, seen: _Uses) -> None:
@@ -132,18 +145,11 @@ class NextForward:
                     seen.used_at[index] = seen.begun_at.get(owner, never)
         self.first_use = [seen.used_at.get(index, never) for index in range(len(self._index))]
 
-    def _waiter(self, indices: Sequence[int]) -> Callable[..., None]:
-        """Hook of a module that uses the parameters `indices`."""
-        this = weakref.ref(self)
-
-        def wait(*_: Any) -> None:
-            later = this()
-            if later is not None and later.owed:
-                later._update_for(indices)
-
-        return untraced(wait)
-
     def _update_for(self, indices: Iterable[int]) -> None:
+        """A module that uses the parameters `indices` begins."""
+        if not self.owed and not self._unneeded:
+            return
+        self._unneeded.difference_update(indices)  # by a forward before this one
         for index in indices:
             block = self._block_of[index]
             if block in self.owed:
@@ -161,11 +167,13 @@ class NextForward:
         self._spans_s = {}
         for block in blocks:
             block.hide()
-            self._in_flight[block] = None
+            self.in_flight[block] = None
+        if blocks:
+            _on_the_wire.add(self)
 
     def before_forward(self, has_grad: bool) -> None:
         """Have what the forward needs from its beginning; everything if it is an evaluation."""
-        if self._in_flight and not (has_grad and self.owed):
+        if self.in_flight and not (has_grad and self.owed):
             self.settle()
         self._finish_buffers()
 
@@ -196,7 +204,7 @@ class NextForward:
 
     def settle(self) -> None:
         """Wait for everything on the wire: update what is owed, leave other gradients in `grad`."""
-        for block in list(self._in_flight):
+        for block in list(self.in_flight):
             if block in self.owed:
                 self._update(block)
             else:
@@ -245,15 +253,30 @@ class NextForward:
 
         optimizer.register_step_pre_hook(before)
         optimizer.register_step_post_hook(after)
-        optimizer.register_state_dict_pre_hook(_settler(self))
-        optimizer.register_load_state_dict_pre_hook(_settler(self))
+        optimizer.register_state_dict_pre_hook(_Hook(self, NextForward.settle))
+        optimizer.register_load_state_dict_pre_hook(_Hook(self, NextForward.settle))
+
+    @property
+    def _must_settle(self) -> bool:
+        """Whether this step cannot be taken in parts.
+
+        The forward did not come through the wrapper, other hooks of the optimizer look at all
+        gradients or parameters, or it lacks a parameter.
+        """
+        optimizer = self._optimizer
+        hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
+        return (
+            self.is_observing
+            or any(len(registered) > 1 for registered in hooks)
+            or any(id(p) not in self._places for b in self.in_flight for p in b.parameters)
+        )
 
     def _before_step(self, has_closure: bool) -> None:
         """Show the optimizer what has arrived; it leaves parameters without gradient alone."""
         for block in list(self.owed):  # of a step that no forward followed
             self._update(block)
         self._stepped = []
-        if not self._in_flight:
+        if not self.in_flight:
             return
         if has_closure:
             raise ExchangeError(
@@ -261,22 +284,21 @@ class NextForward:
                 fix="call step() without a closure, or use next_forward = false",
                 everywhere=True,
             )
-        if self.is_observing:  # the forward did not come through the wrapper
+        self._places = {
+            id(parameter): number
+            for number, group in enumerate(self._optimizer.param_groups)
+            for parameter in group["params"]
+        }
+        if self._must_settle:
             self.settle()
             return
         self._settings = [_settings(group) for group in self._optimizer.param_groups]
-        self._stepped = list(self._in_flight)
+        self._stepped = list(self.in_flight)
         for block in self._stepped:
             if all(ticket.done for ticket in block.tickets):
                 self._arrive(block)
             else:
                 self.owed[block] = block.withhold()
-        if self.owed:
-            self._places = {
-                id(parameter): number
-                for number, group in enumerate(self._optimizer.param_groups)
-                for parameter in group["params"]
-            }
 
     def _after_step(self) -> None:
         """Take away what the step has used, so that it does not matter what had arrived by then."""
@@ -285,7 +307,7 @@ class NextForward:
                 parameter.grad = None
         if not self.owed:
             return
-        for group, before in zip(self._optimizer.param_groups, self._settings, strict=True):
+        for group, before in zip(self._optimizer.param_groups, self._settings, strict=False):
             for key, value in before.items():
                 if not isinstance(value, torch.Tensor) and group[key] != value:
                     raise ExchangeError(
@@ -299,27 +321,40 @@ class NextForward:
         """Wait for a block and take the step that its parameters are owed."""
         places = self.owed.pop(block)
         self._arrive(block, places)
-        groups = self._optimizer.param_groups
-        parts: list[list[nn.Parameter]] = [[] for _ in groups]
+        parts: list[list[nn.Parameter]] = [[] for _ in self._settings]
         for place in places:
             parameter = block.parameters[place]
-            if parameter.grad is not None and id(parameter) in self._places:
+            if parameter.grad is not None:
                 parts[self._places[id(parameter)]].append(parameter)
-        self._updating = True
-        self._optimizer.param_groups = [
+        groups = [
             {**settings, "params": part}
             for settings, part in zip(self._settings, parts, strict=True)
             if part
         ]
-        try:
-            # The step itself, without the hooks and counters of the program, which saw it already.
-            step = type(self._optimizer).step
-            getattr(step, "__wrapped__", step)(self._optimizer)
-        finally:
-            self._optimizer.param_groups = groups
-            self._updating = False
+        if groups:
+            self._step(groups, block.parameters[0].device.type)
         for place in places:
             block.parameters[place].grad = None
+
+    def _step(self, groups: list[dict[str, Any]], device: str) -> None:
+        """The optimizer's step for a part of its parameters, as outside of any forward.
+
+        Without the hooks and counters of the program, which have seen the step already.
+        """
+        optimizer = self._optimizer
+        step = type(optimizer).step
+        whole, optimizer.param_groups = optimizer.param_groups, groups
+        self._updating = True
+        try:
+            with (
+                torch.inference_mode(False),
+                torch.no_grad(),
+                torch.autocast(device, enabled=False),
+            ):
+                getattr(step, "__wrapped__", step)(optimizer)
+        finally:
+            optimizer.param_groups = whole
+            self._updating = False
 
     def _arrive(self, block: Block, places: Sequence[int] | None = None) -> None:
         """Wait for a block, and show its gradients, or those of the parameters at `places`."""
@@ -330,7 +365,9 @@ class NextForward:
         if block.tickets:
             span = (block.tickets[0].begun_s, max(t.finished_s for t in block.tickets))
             self._spans_s[block.index] = span
-        del self._in_flight[block]
+        del self.in_flight[block]
+        if not self.in_flight:
+            _on_the_wire.discard(self)
         ended_s = now_s()
         self.waited_s += ended_s - begun_s
         self._engine.world.trace.add(COMPUTE, "wait for the wire", begun_s, ended_s)
@@ -350,6 +387,8 @@ class _Uses(TorchDispatchMode):
         users: modules that were the innermost running, by parameter, in the order of first uses.
         begun: modules in the order in which they first began.
     """
+
+    supports_higher_order_operators = True
 
     def __init__(self, module: nn.Module, index: dict[int, int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -403,16 +442,32 @@ def _settings(group: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _settler(later: NextForward) -> Callable[..., None]:
-    """Hook that settles before state is read or written."""
-    this = weakref.ref(later)
+_on_the_wire: set[NextForward] = set()
+"""Those that owe something: a program may have let go of the wrapper and keep the module."""
 
-    def settle(*_: Any) -> None:
-        later = this()
+
+class _Hook:
+    """Calls a method as long as the object lives. Saved with a module, it does nothing any more."""
+
+    def __init__(self, later: NextForward, method: Callable[..., None], *args: Any) -> None:
+        self._later = weakref.ref(later)
+        self._method = method
+        self._args = args
+
+    @untraced
+    def __call__(self, *_: Any) -> None:
+        """Whatever a hook is called with."""
+        later = self._later()
         if later is not None:
-            later.settle()
+            self._method(later, *self._args)
 
-    return settle
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _NoHook, ()
+
+
+class _NoHook:
+    def __call__(self, *_: Any) -> None:
+        """Nothing."""
 
 
 def _stale(name: str) -> ExchangeError:

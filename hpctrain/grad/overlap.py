@@ -225,9 +225,9 @@ class Exchange:
 
     def begin(self) -> None:
         """A backward has begun: exchange when it ends. Called from inside backward."""
+        if self.later and not self._armed:
+            self.later.before_backward()
         if not self._local and not self._armed:
-            if self.later:
-                self.later.before_backward()
             self._armed = True
             self._begun_s = now_s()
             if self._position_is_mine:
@@ -464,7 +464,7 @@ class Exchange:
 
     def _put_in_order(self, later: NextForward, in_order: Sequence[Block]) -> None:
         """Have blocks that are needed first overtake, once steps are measured. Collective."""
-        if self._seen_times is None or self._trial or self.world.size == 1:
+        if self._seen_times is None or self._trial or self.world.size == 1 or not in_order:
             return
         times = later.times(in_order)
         if times:

@@ -26,7 +26,11 @@ def signature(module: nn.Module) -> Signature:
     """What must be equal on all ranks, before a single value is compared."""
     # Gradients lie in a slab in the memory layout of their parameter.
     parameters = [
-        (f"parameter {name}", f"{_shape(p)}, strides {p.stride()}, requires_grad={p.requires_grad}")
+        (
+            f"parameter {name}",
+            f"{_shape(p)} on {p.device.type}, strides {p.stride()}, "
+            f"requires_grad={p.requires_grad}",
+        )
         for name, p in module.named_parameters()
     ]
     return parameters + [(f"buffer {name}", _shape(b)) for name, b in module.named_buffers()]

@@ -92,6 +92,12 @@ class Trainer:
             [p for p in parts.model.parameters() if p.requires_grad], settings.optimizer
         )
         if settings.exchange.next_forward:
+            if train.clip_norm is not None or train.nonfinite == "skip":
+                raise JobError(
+                    "next_forward takes a step before all gradients are there to decide about it",
+                    allowed="no train.clip_norm, and train.nonfinite = 'stop'",
+                    everywhere=True,
+                )
             self.model.overlap_step(self.optimizer, self._check_block)
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
         seed_generators(settings.seed + 1 + world.rank)
@@ -195,6 +201,7 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Mean loss and metrics over the validation data; empty without any."""
+        self.model.wait_for_gradients()
         data = self.parts.validation_data
         if data is None or len(data) == 0:
             return {}

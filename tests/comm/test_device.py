@@ -103,7 +103,7 @@ def test_late_device_gets_the_bits_of_the_host(
     there = OnDevice(torch.device("cpu"), device, stays=True)
     reducer = Reducer(channel, options(way, wire), there)
     seen = rounds(channel, reducer, dtype, device.program, device.synchronize)
-    assert device.pinned == len(COUNTS)
+    assert device.pinned_bytes >= sum(COUNTS) * dtype.itemsize
     if way == "auto" and len(world.nodes) > 1:  # any way may have been chosen
         return
     for found, wanted in zip(seen, expected, strict=True):
@@ -158,7 +158,7 @@ def test_ways_of_a_device_slab() -> None:
 
     assert ways([[0, 1]], stays=False) == ["direct"]
     assert ways([[0, 1]], stays=True) == ["direct", "device_direct"]
-    assert ways([[0], [1]], stays=True) == ["direct", "device_direct", "ring", "device_ring"]
+    assert ways([[0], [1]], stays=True) == ["direct", "ring"], "not tried between nodes"
     assert ways([[0], [1]], stays=False) == ["direct", "ring"]
 
 

@@ -99,3 +99,14 @@ def test_without_a_launcher_nothing_is_tried(
         "not tried: no mpiexec beside Python or on the path"
     }
     assert not tried
+    monkeypatch.setattr(device_probe, "find_launcher", lambda: ["mpiexec"])
+    assert device_calls("MPICH 5")["send"] == TAKEN, "what was not tried is not kept"
+
+
+def test_other_settings_of_the_library_are_tried_anew(
+    tried: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device_calls("MPICH 5")
+    monkeypatch.setenv("UCX_TLS", "tcp")
+    device_calls("MPICH 5")
+    assert len(tried) == 2 * len(CALLS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -79,7 +80,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.01),
-    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1),
+    "adafactor": lambda p: torch.optim.Adafactor(p, lr=0.1),
 }
 
 
@@ -97,23 +98,35 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     return [{"params": weights, "weight_decay": 0.1}, {"params": others}]
 
 
+def await_blocks(model: DataParallel) -> None:
+    """Have everything arrive on this rank, while it may still be on the wire for others."""
+    later = model.exchange.later
+    assert later is not None
+    for block in later.in_flight:
+        for ticket in block.tickets:
+            model.exchange.engine.wait(ticket)
+
+
 def train(
     model: DataParallel,
     optimizer: torch.optim.Optimizer,
     steps: int,
     world: World,
-    each: Callable[[int], None] = lambda step: None,
+    early: bool = False,
 ) -> list[float]:
+    """Losses of some steps; with `early`, rank 0 has all gradients when it takes a step."""
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
     losses = []
     for step in range(steps):
         x = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(step * 8 + world.rank))
-        loss = model(x).square().mean()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(x).float().square().mean()
         loss.backward()
+        if early and world.rank == 0:
+            await_blocks(model)
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-        each(step)
         losses.append(loss.item())
     return losses
 
@@ -143,7 +156,7 @@ def test_same_bits_as_without(
 ) -> None:
     plain = wrapped(make, optimizer, config(next_forward=False))
     ahead = wrapped(make, optimizer, config(progress=progress))
-    assert train(*plain, 12, world) == train(*ahead, 12, world)
+    assert train(*plain, 12, world) == train(*ahead, 12, world, early=progress == "thread")
     assert_same(plain[0].module, ahead[0].module)
     theirs = ahead[1].state_dict()["state"]
     for index, state in plain[1].state_dict()["state"].items():
@@ -161,6 +174,87 @@ def test_the_order_of_the_wire_is_agreed_and_changes_no_bit(world: World) -> Non
     if world.size > 1:
         assert exchange.order_is_settled
         assert sorted(exchange.wire_order) == list(range(len(exchange.blocks)))
+
+
+def test_program_that_keeps_the_module_alone(world: World) -> None:
+    """The wrapper is let go of while updates are owed."""
+    results = []
+    for options in (config(next_forward=False), config(overlap=False)):
+        model, optimizer = wrapped(deep, "adamw", options)
+        train(model, optimizer, SETTLED, world)
+        module = model.module
+        del model
+        gc.collect()
+        module.state_dict()
+        results.append(module)
+    assert_same(*results)
+
+
+def test_saved_and_copied_with_its_hooks(world: World) -> None:
+    model, optimizer = wrapped(deep, "adamw", config())
+    train(model, optimizer, 2, world)
+    model.wait_for_gradients()
+    file = io.BytesIO()
+    torch.save(model.module, file)
+    file.seek(0)
+    x = torch.ones(2, WIDTH)
+    for copied in (torch.load(file, weights_only=False), copy.deepcopy(model.module)):
+        assert torch.equal(copied(x), model.module(x))
+
+
+def test_other_hooks_of_the_optimizer_see_all_gradients(world: World) -> None:
+    results = []
+    for options in (config(next_forward=False), config(overlap=False)):
+        model, optimizer = wrapped(deep, "momentum", options)
+        parameters = list(model.parameters())
+
+        def clip(*_: Any, parameters: list[nn.Parameter] = parameters) -> None:
+            torch.nn.utils.clip_grad_norm_(parameters, 1e-3)
+
+        optimizer.register_step_pre_hook(clip)
+        train(model, optimizer, 4, world)
+        model.wait_for_gradients()
+        results.append(model.module)
+    assert_same(*results)
+
+
+def test_backward_without_sync_while_blocks_are_on_the_wire(world: World) -> None:
+    results = []
+    for options in (config(next_forward=False), config(overlap=False)):
+        model, optimizer = wrapped(deep, "momentum", options)
+        for step in range(SETTLED + 1):
+            first = model(torch.full((2, WIDTH), 1.0 + world.rank + step)).square().sum()
+            second = model(torch.full((2, WIDTH), 2.0)).square().sum()
+            first.backward()
+            with model.no_sync():
+                second.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append(model.module)
+        model.wait_for_gradients()
+    assert_same(*results)
+
+
+def test_more_parameters_for_the_optimizer_between_step_and_forward(world: World) -> None:
+    model, optimizer = wrapped(deep, "momentum", config(overlap=False))
+    train(model, optimizer, SETTLED, world)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+    train(model, optimizer, 2, world)
+    model.check_in_sync()
+
+
+def test_evaluation_in_inference_mode_and_of_a_part(world: World) -> None:
+    found = []
+    for options in (config(next_forward=False), config(overlap=False)):
+        model, optimizer = wrapped(deep, "adamw", options)
+        train(model, optimizer, 1, world)
+        with torch.inference_mode():
+            seen = model(torch.ones(2, WIDTH)).clone()
+        train(model, optimizer, SETTLED, world)
+        assert isinstance(model.module, nn.Sequential)
+        part = model.module[0].state_dict()
+        found.append(torch.cat([seen.flatten(), *(value.flatten() for value in part.values())]))
+    assert torch.equal(*found)
 
 
 def test_updates_are_owed_until_they_are_needed(world: World) -> None:
@@ -292,10 +386,34 @@ def test_a_use_in_another_place_than_first_is_refused(world: World) -> None:
         return
     model, optimizer = wrapped(Sneaky, "momentum", config(overlap=False))
     train(model, optimizer, SETTLED, world)
-    with pytest.raises(ExchangeError, match=r"odd\.bias was used before"):
+    with pytest.raises(ExchangeError, match=r"odd\.\w+ was used before"):
         train(model, optimizer, 1, world)
     del model
     gc.collect()
+
+
+class Forked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = nn.Linear(WIDTH, WIDTH)
+        self.right = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor, goes_left: bool) -> torch.Tensor:
+        return self.left(x) if goes_left else self.right(x)
+
+
+def test_two_forwards_of_other_branches_before_a_backward(world: World) -> None:
+    results = []
+    for options in (config(next_forward=False), config(overlap=False)):
+        model, optimizer = wrapped(Forked, "momentum", options)
+        for step in range(SETTLED + 2):
+            x = torch.full((2, WIDTH), 1.0 + world.rank + step)
+            loss = model(x, True).square().mean() + model(x, False).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append(model.module)
+    assert_same(*results)
 
 
 def test_ranks_without_samples_update_alike(world: World) -> None:
@@ -319,6 +437,12 @@ def test_refused_optimizers_and_settings(world: World) -> None:
         model.overlap_step(torch.optim.LBFGS(model.parameters()))
     with pytest.raises(ExchangeError, match="needs the optimizer"):
         model(torch.ones(1, WIDTH)).sum().backward()
+    part = torch.optim.SGD(list(model.parameters())[:3], lr=0.1)
+    with pytest.raises(ExchangeError, match="does not update all parameters"):
+        model.overlap_step(part)
+    model.overlap_step(torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(ExchangeError, match="was called before"):
+        model.overlap_step(torch.optim.SGD(model.parameters(), lr=0.1))
     other = DataParallel(deep(), config(next_forward=False))
     with pytest.raises(ExchangeError, match="without next_forward"):
         other.overlap_step(torch.optim.SGD(other.parameters(), lr=0.1))

@@ -75,9 +75,11 @@ def possible(
             ranks.
         narrow: whether the wire has 16 bits.
         on_device: whether the slab is in device memory.
-        stays: whether messages may begin and end there.
+        stays: whether messages may begin and end there. That is tried out within a host alone, so
+            that between nodes such a way is taken when it is forced, and not by itself.
     """
     size = sum(len(ranks) for ranks in nodes)
+    stays = stays and len(nodes) == 1
     ways = []
     if in_shared_memory:
         ways.append("shared" if len(nodes) == 1 else "two_level")
@@ -90,8 +92,6 @@ def possible(
     if ordered:
         return ways[:1]
     ways.append("ring")
-    if stays:
-        ways.append("device_ring")
     if is_native(dtype) and not narrow and not on_device:
         ways.append("native")
     return ways
