@@ -15,6 +15,8 @@ FREE = ("latency_s", "bytes_per_s", "overhead_s", "handshake")
 """What is found by default."""
 PULL = 1e-3
 """Weight of where the search begins against one step."""
+FAR_OFF = 0.1
+"""Relative error from which on a step counts by its distance, no longer by the square."""
 NUDGE = 1e-3
 """Relative change of a constant that shows its slope."""
 MOST = 1.0
@@ -31,8 +33,9 @@ def fit(
     """Constants with which the model is nearest to measured steps, by relative error.
 
     Least squares (Gauss and Newton, damped) over logarithms: of the constants, so that they stay
-    positive, and of the times, so that short steps count like long ones. A weak pull to where it
-    begins decides about constants that the steps say nothing about.
+    positive, and of the times, so that short steps count like long ones. Steps that are far off
+    count less (Huber), since some were disturbed. A weak pull to where the search begins decides
+    about constants that the steps say nothing about.
 
     Args:
         steps: what was measured.
@@ -53,7 +56,7 @@ def fit(
     def errors(at: np.ndarray) -> np.ndarray:
         facts = found(at)
         times = [step_s(s, replace(on, **facts)) for s, on in zip(steps, links, strict=True)]
-        return np.concatenate([np.log(times) - truth, PULL * (at - begin)])
+        return np.concatenate([_tamed(np.log(times) - truth), PULL * (at - begin)])
 
     at, damping = begin, 0.1
     now = errors(at)
@@ -68,3 +71,10 @@ def fit(
         else:
             damping *= 4
     return found(at)
+
+
+def _tamed(errors: np.ndarray) -> np.ndarray:
+    """Errors whose squares are Huber's loss of the given ones."""
+    size = np.abs(errors)
+    far = np.sqrt(FAR_OFF * (2 * np.maximum(size, FAR_OFF) - FAR_OFF))
+    return np.where(size > FAR_OFF, np.copysign(far, errors), errors)

@@ -42,6 +42,13 @@ def test_noise_moves_them_little() -> None:
     assert all(value > 0 for value in found.values())
 
 
+def test_disturbed_steps_count_little() -> None:
+    measured = [step_s(step, TRUE) for step in STEPS]
+    measured[::7] = [seconds * 3 for seconds in measured[::7]]
+    found = fit(STEPS, measured, [BEGIN] * len(STEPS), ["bytes_per_s"])
+    assert found["bytes_per_s"] == pytest.approx(TRUE.bytes_per_s, rel=0.05)
+
+
 def test_what_the_steps_do_not_show_stays() -> None:
     """Nothing waits for an acknowledgement here."""
     steps = [step for step in STEPS if max(nbytes for _, nbytes in step.work.blocks) < 1 << 16]
