@@ -121,6 +121,7 @@ SIZES = (4 << 20, Window().chunk_bytes)
 """Blocks and chunks of hpctrain."""
 OTHER_SIZES = tuple((block << 20, chunk << 20) for block in (4, 16, 64) for chunk in (1, 4, 16, 64))
 """Among which the best are looked for."""
+COLOURS = {way: f"C{index}" for index, way in enumerate(WAYS)}
 FAR_WAYS = {
     "native, tree": ("native", FAR),
     "native, halving": ("native", replace(FAR, halving=True)),
@@ -347,9 +348,8 @@ def draw(rows: Sequence[Mapping[str, Any]], far: Sequence[Mapping[str, Any]], pa
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained")
-    ways = [way for way in WAYS if any(row["way"] == way for row in rows)]
-    for index, way in enumerate(ways):
-        for kind, face in (("fitted", "none"), ("held out", f"C{index}")):
+    for way, colour in COLOURS.items():
+        for kind, face in (("fitted", "none"), ("held out", colour)):
             points = [
                 (row["measured ms"], row["predicted ms"])
                 for row in rows
@@ -360,7 +360,7 @@ def draw(rows: Sequence[Mapping[str, Any]], far: Sequence[Mapping[str, Any]], pa
                     *zip(*points, strict=True),
                     s=18,
                     facecolors=face,
-                    edgecolors=f"C{index}",
+                    edgecolors=colour,
                     label=f"{way}, {kind}",
                 )
     ends = [min(row["measured ms"] for row in rows), max(row["measured ms"] for row in rows)]
@@ -372,10 +372,11 @@ def draw(rows: Sequence[Mapping[str, Any]], far: Sequence[Mapping[str, Any]], pa
         yscale="log",
         xlabel="measured step, ms",
         ylabel="predicted step, ms",
-        title=f"Measured on 2 to 8 ranks over {RATE}; dots: {TARGET:.0%} off",
+        title=f"Measured on 2 to 8 ranks over {RATE}; dotted: {TARGET:.0%} off",
     )
     left.legend(fontsize=7)
-    for index, name in enumerate(FAR_WAYS):
+    for name, (way, links) in FAR_WAYS.items():
+        colour = "black" if links.halving else COLOURS[way]
         for suffix, style in (("", "-"), (", best", "--")):
             points = [
                 (row["SIMULATED ranks"], row[name + suffix] / 1e3)
@@ -383,11 +384,9 @@ def draw(rows: Sequence[Mapping[str, Any]], far: Sequence[Mapping[str, Any]], pa
                 if row[name + suffix] != "-"
             ]
             label = None if suffix else name
-            right.plot(
-                *zip(*points, strict=True), style, marker=".", color=f"C{index}", label=label
-            )
+            right.plot(*zip(*points, strict=True), style, marker=".", color=colour, label=label)
     compute_s = FAR_FORWARD_S + FAR_BACKWARD_S + FAR_OPTIMIZER_S
-    right.axhline(compute_s, color="black", linewidth=0.6)
+    right.axhline(compute_s, color="gray", linewidth=0.6, label="compute")
     right.set(
         xscale="log",
         yscale="log",
@@ -396,6 +395,9 @@ def draw(rows: Sequence[Mapping[str, Any]], far: Sequence[Mapping[str, Any]], pa
         title="SIMULATED: 400 MB, 160 ms of compute, 100 Gbit/s a node\n"
         "solid: 4 MB blocks, 256 kB chunks; dashed: best sizes",
     )
+    ticks = FAR_RANKS[::2]
+    right.set_xticks(ticks, [f"{ranks:,}" for ranks in ticks])
+    right.minorticks_off()
     right.legend(fontsize=7)
     figure.savefig(path, dpi=110)
 
