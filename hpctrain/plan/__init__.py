@@ -1,0 +1,1 @@
+"""Plans from measured facts: pure arithmetic, without MPI and without torch."""
