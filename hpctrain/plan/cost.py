@@ -23,7 +23,7 @@ from functools import lru_cache
 import numpy as np
 
 WAYS = ("native", "direct", "ring", "shared", "two_level")
-"""As in hpctrain.comm.reduce, which tells what they do."""
+"""Of the host, as in hpctrain.comm.reduce, which tells what they do."""
 DIRECT_NODES = 16
 """Most nodes between which `two_level` exchanges by all pairs, as in hpctrain.comm.reduce."""
 
