@@ -160,7 +160,7 @@ class Exchange:
         self.progress = config.progress if config.overlap else "after"
         """How blocks are moved; while it is being found out, that of the current step."""
         if self.progress == "auto":
-            self._trial = Trial() if self.world.size > 1 else None
+            self._trial = Trial(config.next_forward) if self.world.size > 1 else None
             self.progress = "hooks"
         self._begun_s = 0.0
         self._finished_s = now_s()

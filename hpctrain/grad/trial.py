@@ -8,7 +8,7 @@ nothing but a few slower steps.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from hpctrain.comm.select import median_of_slowest
 
@@ -19,36 +19,52 @@ ROUNDS = 4
 
 
 class Trial:
-    """Takes turns with the modes, step by step, and keeps how long each step took."""
+    """Decides about the mode of each step, and keeps how long the steps took.
 
-    def __init__(self) -> None:
+    Args:
+        chained: whether a step goes on while the next one has begun. Then a mode keeps its turn
+            for several steps, of which the first are not counted; else modes take turns step by
+            step.
+    """
+
+    def __init__(self, chained: bool = False) -> None:
+        if chained:
+            # Only while backward runs does "after" differ from the others.
+            modes = [mode for mode in MODES if mode != "after"]
+            self._turns = [
+                (mode, turn >= WARM_UP_STEPS)
+                for mode in modes
+                for turn in range(WARM_UP_STEPS + ROUNDS)
+            ]
+        else:
+            warm_up = [(MODES[0], False)] * WARM_UP_STEPS
+            self._turns = warm_up + [(mode, True) for mode in MODES] * ROUNDS
         self._steps = 0
-        self.times_s: list[float] = []
+        self.times_s: dict[str, list[float]] = {}
+        """What counted steps took on this rank, by mode."""
 
     @property
     def mode(self) -> str:
         """The mode of the coming step."""
-        return MODES[max(0, self._steps - WARM_UP_STEPS) % len(MODES)]
+        return self._turns[self._steps][0]
 
     @property
     def is_over(self) -> bool:
         """Whether every mode has had its turns."""
-        return len(self.times_s) == ROUNDS * len(MODES)
+        return self._steps == len(self._turns)
 
     def record(self, seconds: float) -> None:
         """A step in the current mode took this long, on this rank."""
-        if self._steps >= WARM_UP_STEPS:
-            self.times_s.append(seconds)
+        mode, counts = self._turns[self._steps]
+        if counts:
+            self.times_s.setdefault(mode, []).append(seconds)
         self._steps += 1
 
 
-def medians(times_s: Sequence[Sequence[float]]) -> dict[str, float]:
+def medians(times_s: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, float]:
     """Median time of each mode on the rank that was slowest in each step.
 
     Args:
         times_s: what each rank recorded.
     """
-    return {
-        mode: median_of_slowest([rank[place :: len(MODES)] for rank in times_s])
-        for place, mode in enumerate(MODES)
-    }
+    return {mode: median_of_slowest([rank[mode] for rank in times_s]) for mode in times_s[0]}
