@@ -17,7 +17,7 @@ import torch
 if TYPE_CHECKING:
     from conftest import Launch
 
-pytestmark = pytest.mark.launch
+pytestmark = [pytest.mark.launch, pytest.mark.any_mpi]
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

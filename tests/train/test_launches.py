@@ -17,7 +17,7 @@ import pytest
 if TYPE_CHECKING:
     from conftest import Launch
 
-pytestmark = pytest.mark.launch
+pytestmark = [pytest.mark.launch, pytest.mark.any_mpi]
 
 MODULE = """
 import os, time
