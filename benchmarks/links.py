@@ -228,6 +228,13 @@ class Bench:
             self._in, _ = server.accept()
         server.close()
 
+    def close(self) -> None:
+        """Hang up."""
+        if not self.world.local_rank:
+            self._out.close()
+            self._in.close()
+        torch.distributed.destroy_process_group()
+
     def wire(self) -> None:
         """Send what an all-reduce must send from each host, to the next, and receive as much."""
         if self.world.local_rank:
@@ -370,7 +377,7 @@ def run_worker(specification: str) -> dict[str, Any]:
         if bench.world.is_root:
             took_s = time.monotonic() - begun_s
             print(f"{case.kind}, compute {case.compute}: {took_s:.0f} s", file=sys.stderr)
-    torch.distributed.destroy_process_group()
+    bench.close()
     return {"rank": bench.world.rank, "cases": found}
 
 
