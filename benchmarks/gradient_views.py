@@ -15,10 +15,11 @@ from collections.abc import Callable
 import harness
 import torch
 import torch.nn.functional as F
-from step import gpt, windows
+from step import CONTEXT, GPT
 from torch import nn
 
-from hpctrain.grad.blocks import Block, move
+from hpctrain.comm.memory import Slab
+from hpctrain.grad.blocks import Block, move, slab_size
 
 
 def perceptron(width: int, layers: int) -> tuple[nn.Module, torch.Tensor]:
@@ -38,7 +39,11 @@ def loss_of_perceptron(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
 
 
 CASES: dict[str, Callable[[], tuple[nn.Module, torch.Tensor, Callable[..., torch.Tensor]]]] = {
-    "GPT, 25 MB": lambda: (gpt(), windows(), loss_of_gpt),
+    "GPT, 25 MB": lambda: (
+        GPT(width=256, layers=8, heads=4),
+        torch.randint(0, 256, (1, CONTEXT + 1)),
+        loss_of_gpt,
+    ),
     "perceptron, 17 MB": lambda: (*perceptron(256, 8), loss_of_perceptron),
     "perceptron, 100 MB": lambda: (*perceptron(1024, 3), loss_of_perceptron),
 }
@@ -49,10 +54,12 @@ def make_arm(case: str, arm: str) -> Callable[[], None]:
     model, batch, loss = CASES[case]()
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
-    block = Block(0, range(len(parameters)), parameters)
+    names = [name for name, _ in model.named_parameters()]
+    slab = Slab.allocate(*slab_size(parameters))
+    block = Block(0, range(len(parameters)), names, parameters, slab)
     if arm == "moved":
         for parameter, view in zip(parameters, block.views, strict=True):
-            parameter.register_post_accumulate_grad_hook(lambda p, view=view: move(p, view))
+            parameter.register_post_accumulate_grad_hook(lambda p, view=view: move(p, view, "it"))
 
     def step() -> None:
         optimizer.zero_grad()
