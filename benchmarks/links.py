@@ -67,8 +67,6 @@ TOLERANCE = {"bf16": 2e-2}
 EXACT = 1e-4
 CHAINED = 3
 """Steps in a row of an arm whose steps overlap each other."""
-NEXT_BLOCK_BYTES = 1 << 20
-"""The next forward waits for a whole block, so that small ones let it begin sooner."""
 
 # ---------------------------------------------------------------- model
 
@@ -321,7 +319,7 @@ class Bench:
         chains = {}
         is_whole = len(controls) > 1 and case.kind == KINDS[0]
         for name in NEXT if is_whole else NEXT[:1]:
-            config = hpctrain.ExchangeConfig(next_forward=True, block_bytes=NEXT_BLOCK_BYTES)
+            config = hpctrain.ExchangeConfig(next_forward=True)
             wrapped = hpctrain.DataParallel(work.model(), config)
             wrapped.exchange.may_reorder = name == NEXT[0]
             steppers[name] = chains[name] = Chain(work, rank, wrapped)

@@ -59,8 +59,12 @@ order: asking for more costs time and finds little."""
 _yield_core = getattr(os, "sched_yield", lambda: time.sleep(0))
 
 POLL_S = 1e-4
-"""Sleep of the progress thread between two polls while operations are in flight."""
-QUIET_POLLS = 3
+"""Shortest sleep of the progress thread between two polls while operations are in flight."""
+LONGEST_POLL_S = 1e-3
+POLLS_A_MOVE = 4
+"""Polls in the usual time between two that move something. A link of 1 Gbit/s needs few of them,
+and each takes time from the ranks' own computation."""
+QUIET_POLLS = 1
 """Polls without a sleep after the last one that moved something."""
 HOOK_POLL_S = 5e-5
 """Shortest time between two polls from hooks, for models with thousands of small parameters."""
@@ -405,12 +409,13 @@ class Engine:
         torch.set_num_threads(1)  # its sums must not wake a second team of threads
         self._single_threaded.set()
         watched_s = now_s()
+        pace = _Pace()
         quiet = 0
         try:
             while not self._closing:
                 if self.busy and self.progress == "thread" and not self._waiters:
                     # Where something has just moved, more is about to.
-                    _yield_core() if quiet < QUIET_POLLS else time.sleep(POLL_S)
+                    _yield_core() if quiet < QUIET_POLLS else time.sleep(pace.pause_s)
                 else:
                     self._wake.wait(WATCH_S)
                     self._wake.clear()
@@ -420,7 +425,11 @@ class Engine:
                     if MPI.Is_finalized():  # by the program itself
                         return
                     if self.progress == "thread" and not self._waiters:
-                        quiet = 0 if self._advance() else quiet + 1
+                        if self._advance():
+                            quiet = 0
+                            pace.moved(self._polled_s)
+                        else:
+                            quiet += 1
                     if now_s() - watched_s >= WATCH_S:
                         self._keep_watch(now_s() - watched_s)
                         watched_s = now_s()
@@ -466,6 +475,22 @@ class Engine:
         self._wake.set()
         self._thread.join()
         self._watch.close()
+
+
+class _Pace:
+    """How often to poll: a few times between two polls that move something."""
+
+    def __init__(self) -> None:
+        self.pause_s = POLL_S
+        self._between_s = 0.0
+        self._moved_s = 0.0
+
+    def moved(self, now: float) -> None:
+        """A poll at this time moved something."""
+        between_s = min(now - self._moved_s, POLLS_A_MOVE * LONGEST_POLL_S)
+        self._moved_s = now
+        self._between_s += (between_s - self._between_s) / 8
+        self.pause_s = max(POLL_S, min(self._between_s / POLLS_A_MOVE, LONGEST_POLL_S))
 
 
 _engines: dict[int, Engine] = {}

@@ -78,7 +78,7 @@ class ExchangeConfig:
     next_forward: bool = False
     """Let the next forward begin while blocks are on the wire, and update each before it is needed;
     in a loop of your own, see DataParallel.overlap_step."""
-    block_bytes: int = option(4 << 20, minimum=1)
+    block_bytes: int = option(1 << 20, minimum=1)
     """Largest block, unless a single parameter is larger."""
     wire: str = option("same", choices=tuple(reduce.WIRE_DTYPES))
     """Element type on the wire: the gradient's own, or a 16-bit one that is summed in float32."""

@@ -5,7 +5,7 @@ import pytest
 from mpi4py import MPI
 
 from hpctrain.comm.collect import barrier_on
-from hpctrain.comm.engine import Channel, Engine, Steps, engine_of
+from hpctrain.comm.engine import LONGEST_POLL_S, POLL_S, Channel, Engine, Steps, _Pace, engine_of
 from hpctrain.world import World
 
 pytestmark = pytest.mark.mpi
@@ -157,3 +157,13 @@ def test_channel_counts_what_it_posts(engine: Engine) -> None:
         engine.wait(ticket)
     assert (channel.posted, channel.finished, channel.busy) == (3, 3, False)
     assert channel.oldest() is None
+
+
+@pytest.mark.parametrize(
+    ("between_s", "pause_s"), [(1e-6, POLL_S), (2e-3, 5e-4), (60.0, LONGEST_POLL_S)]
+)
+def test_polls_a_few_times_between_two_moves(between_s: float, pause_s: float) -> None:
+    pace = _Pace()
+    for turn in range(1, 101):
+        pace.moved(turn * between_s)
+    assert pace.pause_s == pytest.approx(pause_s, rel=1e-3)
