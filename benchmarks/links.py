@@ -349,7 +349,7 @@ class Bench:
             "wire_bytes": self.wire_bytes,
             "progress": {name: exchange.progress for name, exchange in exchanges.items()},
             "ways": {name: exchange.reducer.summary() for name, exchange in exchanges.items()},
-            "order": list(exchanges[NEXT[0]].wire_order),
+            "order": exchanges[NEXT[0]].wire_order,
             "batch": work.batch,
             "left_out": self.left_out,
         }

@@ -129,7 +129,7 @@ class Reducer:
         self,
         slabs: Sequence[Slab],
         ways: Sequence[str] = (),
-        sequence: Sequence[int] | None = None,
+        sequence: Sequence[tuple[int, int, int | None]] | None = None,
     ) -> None:
         """Choose the way of each slab and plan its operations. Collective; contents are kept.
 
@@ -138,7 +138,9 @@ class Reducer:
         Args:
             slabs: the same on all ranks.
             ways: chosen earlier, to be kept where they are possible.
-            sequence: the order in which they will be posted, if it is not their own.
+            sequence: the order in which parts will be posted, if it is not that of the slabs: slab,
+                first part and the one after the last (None for all that follow). Those of one
+                slab come in their own order.
         """
         if self._channel.size == 1:
             return
@@ -152,12 +154,21 @@ class Reducer:
             self.ways = [found[kind_of(slab)].way for slab in slabs]
             if any(tried.times_s for tried in self.tried):
                 _log.info("blocks are summed: %s", "; ".join(map(str, self.tried)))
-        self._plan(slabs, range(len(slabs)) if sequence is None else sequence)
+        self._plan(slabs, sequence or [(index, 0, None) for index in range(len(slabs))])
 
-    def post(self, index: int, label: str) -> list[Ticket]:
-        """Start to average a slab. Returns at once; its content is undefined until all are done."""
+    @property
+    def parts(self) -> list[int]:
+        """How many parts of each slab are posted one by one."""
+        return [len(planned) for planned in self._planned]
+
+    def post(self, index: int, label: str, start: int = 0, stop: int | None = None) -> list[Ticket]:
+        """Start to average a slab, or some of its parts.
+
+        Returns at once; the slab's content is undefined until all parts are done.
+        """
         post = self._channel.post
-        return [post(p.operation, label, p.nbytes, p.scratch_bytes) for p in self._planned[index]]
+        planned = self._planned[index][start:stop]
+        return [post(p.operation, label, p.nbytes, p.scratch_bytes) for p in planned]
 
     def summary(self) -> str:
         """How many slabs go which way."""
@@ -183,7 +194,7 @@ class Reducer:
             return [forced]
         return ways
 
-    def _plan(self, slabs: Sequence[Slab], sequence: Sequence[int]) -> None:
+    def _plan(self, slabs: Sequence[Slab], sequence: Sequence[tuple[int, int, int | None]]) -> None:
         parts = [_parts(way, slab) for way, slab in zip(self.ways, slabs, strict=True)]
         needed = [
             [self._scratch_bytes(way, part) for part in cut]
@@ -201,16 +212,14 @@ class Reducer:
         )
         lanes = count()
         self._planned = [[] for _ in slabs]
-        for index in sequence:
-            ring = there if self.ways[index] in reduce.STAY_ON_DEVICE else host
-            self._planned[index] = [
-                _Planned(
-                    self._operation(self.ways[index], part, next(lanes), ring.part(nbytes)),
-                    part.nbytes,
-                    nbytes,
-                )
-                for part, nbytes in zip(parts[index], needed[index], strict=True)
-            ]
+        for index, start, stop in sequence:
+            way = self.ways[index]
+            ring = there if way in reduce.STAY_ON_DEVICE else host
+            for part, nbytes in zip(
+                parts[index][start:stop], needed[index][start:stop], strict=True
+            ):
+                operation = self._operation(way, part, next(lanes), ring.part(nbytes))
+                self._planned[index].append(_Planned(operation, part.nbytes, nbytes))
 
     def _scratch_bytes(self, way: str, part: Slab) -> int:
         nbytes = reduce.scratch_bytes(

@@ -49,7 +49,7 @@ from hpctrain.errors import ExchangeError
 from hpctrain.grad import priority
 from hpctrain.grad.blocks import Block, gradient_norm, move, partition, slab_size, usable
 from hpctrain.grad.next_forward import NextForward
-from hpctrain.grad.priority import StepTimes
+from hpctrain.grad.priority import Run, StepTimes
 from hpctrain.grad.replicas import BUFFER_MODES, BufferSync
 from hpctrain.grad.trial import Trial, medians
 from hpctrain.trace import COMPUTE, now_s
@@ -170,8 +170,8 @@ class Exchange:
         self._blocks: list[Block] | None = None
         self._local = False
         self._armed = False
-        self.wire_order: list[int] = []
-        """Blocks in the order in which they go on the wire."""
+        self.wire_order: list[Run] = []
+        """Parts of blocks in the order in which they go on the wire."""
         self._seen_times: list[StepTimes] | None = []
         self.may_reorder = True
         """Whether blocks that the next forward needs first may overtake others."""
@@ -279,15 +279,16 @@ class Exchange:
         if self._blocks is None:
             self._build()
         assert self._blocks is not None
-        for number in self.wire_order[self._next :]:
-            block = self._blocks[number]
-            if block.missing or self.progress == "after":
-                block.ready_s = ended_s - self._begun_s if self._armed else 0.0
-            block.fill()
-            self._release(block)
+        for run in self.wire_order[self._next :]:
+            block = self._blocks[run.block]
+            if not block.released:
+                if block.missing or self.progress == "after":
+                    block.ready_s = ended_s - self._begun_s if self._armed else 0.0
+                block.fill()
+            self._release(run)
         if self.buffers:
             self.buffers.post(self.weight)
-        in_order = [self._blocks[number] for number in self.wire_order]
+        in_order = [self._blocks[number] for number in priority.by_last_part(self.wire_order)]
         if later:
             self._put_in_order(later, in_order)
             later.owe(in_order, self.buffers)
@@ -399,7 +400,7 @@ class Exchange:
             block.missing -= 1
             if block.missing == 0:
                 block.ready_s = now_s() - self._begun_s
-                if self.wire_order[self._next] == number:
+                if self.wire_order[self._next].block == number:
                     self._release_ready()
         elif block.released:
             raise _late(self.names[index], block)
@@ -446,7 +447,7 @@ class Exchange:
                     move(parameter, view, self.names[index])
             self._blocks.append(block)
         release_freed()  # the gradients of the first step, which were tensors of their own
-        self.wire_order = list(range(len(slabs)))
+        self.wire_order = [Run(number) for number in range(len(slabs))]
         self.reducer.plan(slabs, ways)
         self._reset()
 
@@ -481,26 +482,34 @@ class Exchange:
             return
         for block in in_order:  # the plan's scratch is in use
             self._wait(block)
-        self.wire_order = priority.agreed_order([steps for steps, _ in everyones], needed)
+        measured = [steps for steps, _ in everyones]
+        self.wire_order = priority.agreed_order(measured, needed, self.reducer.parts)
         self.reducer.plan([b.slab for b in self.blocks], self.reducer.ways, self.wire_order)
-        _log.info("blocks go on the wire in the order %s", self.wire_order)
+        order = ", ".join(f"{run.block}[{run.start}:{run.stop}]" for run in self.wire_order)
+        _log.info("parts of blocks go on the wire in the order %s", order)
 
     def _release_ready(self) -> None:
         """Release every block from the next one on that is complete, in order."""
         assert self._blocks is not None
-        while self._next < len(self._blocks):
-            block = self._blocks[self.wire_order[self._next]]
+        while self._next < len(self.wire_order):
+            run = self.wire_order[self._next]
+            block = self._blocks[run.block]
             if block.missing:
                 return
-            block.deliver()
-            self._release(block)
+            if not block.released:
+                block.deliver()
+            self._release(run)
 
-    def _release(self, block: Block) -> None:
-        block.released = True
+    def _release(self, run: Run) -> None:
+        assert self._blocks is not None
+        block = self._blocks[run.block]
         self._next += 1
         if self.world.size > 1:
-            block.slab.hand_over()
-            block.tickets = self.reducer.post(block.index, block.label)
+            if not block.released:
+                block.slab.hand_over()
+                block.tickets = []
+            block.tickets += self.reducer.post(run.block, block.label, run.start, run.stop)
+        block.released = True
 
     def _reset(self) -> None:
         self._armed = False

@@ -3,9 +3,9 @@
 Backward finishes the last layers first, and the next forward needs the first layers first. Sent in
 the order of backward, the blocks that are needed first would come last, and where the wire is the
 bottleneck nothing would be gained. So a block that is needed earlier overtakes those that are
-waiting to be sent, as in P3 (Jayarajan et al., 2019) and ByteScheduler (Peng et al., 2019). Ranks
-must agree on the order of blocks, so it is not decided as blocks come: it is worked out once, from
-times measured on all ranks, and kept.
+waiting to be sent, also between two parts of one, as in P3 (Jayarajan et al., 2019) and
+ByteScheduler (Peng et al., 2019). Ranks must agree on the order, so it is not decided as blocks
+come: it is worked out once, from times measured on all ranks, and kept.
 """
 
 from __future__ import annotations
@@ -28,20 +28,33 @@ class StepTimes(NamedTuple):
     """The block's share of the time in which blocks were on the wire, by its size."""
 
 
+class Run(NamedTuple):
+    """Parts of a block that go on the wire one after another, by default all."""
+
+    block: int
+    start: int = 0
+    stop: int | None = None
+
+
 def wire_order(
-    ready_s: Sequence[float], wire_s: Sequence[float], needed: Sequence[int]
-) -> list[int]:
-    """Blocks in the order in which to send them: of those that are ready, the first needed first.
+    ready_s: Sequence[float],
+    wire_s: Sequence[float],
+    needed: Sequence[int],
+    parts: Sequence[int],
+) -> list[Run]:
+    """The order in which to send parts: of the blocks that are ready, the first needed first.
 
     Args:
         ready_s: when each block can be sent.
         wire_s: how long sending it takes.
         needed: rank of each block among those that the next forward needs.
+        parts: how many parts of the same size each block has.
     """
     coming = sorted(range(len(ready_s)), key=lambda block: (ready_s[block], block))
     coming.reverse()
     waiting: list[tuple[int, int]] = []
-    order: list[int] = []
+    order: list[Run] = []
+    sent = [0] * len(parts)
     clock_s = 0.0
     while coming or waiting:
         if not waiting:
@@ -49,18 +62,36 @@ def wire_order(
         while coming and ready_s[coming[-1]] <= clock_s:
             block = coming.pop()
             heapq.heappush(waiting, (needed[block], block))
-        _, block = heapq.heappop(waiting)
-        order.append(block)
-        clock_s += wire_s[block]
+        _, block = waiting[0]
+        start = sent[block]
+        if order and order[-1].block == block:
+            start = order.pop().start
+        sent[block] += 1
+        order.append(Run(block, start, sent[block]))
+        if sent[block] == parts[block]:
+            heapq.heappop(waiting)
+        clock_s += wire_s[block] / parts[block]
     return order
 
 
-def agreed_order(measured: Sequence[Sequence[StepTimes]], needed: Sequence[int]) -> list[int]:
+def by_last_part(order: Sequence[Run]) -> list[int]:
+    """Blocks in the order in which their last parts are sent."""
+    last: dict[int, None] = {}
+    for run in order:
+        last.pop(run.block, None)
+        last[run.block] = None
+    return list(last)
+
+
+def agreed_order(
+    measured: Sequence[Sequence[StepTimes]], needed: Sequence[int], parts: Sequence[int]
+) -> list[Run]:
     """The order for all ranks: by medians over steps of the rank that was last in each.
 
     Args:
         measured: what each rank saw, step by step.
         needed: see `wire_order`.
+        parts: see `wire_order`.
     """
     blocks = range(len(needed))
 
@@ -74,4 +105,5 @@ def agreed_order(measured: Sequence[Sequence[StepTimes]], needed: Sequence[int])
         [median_of_last(0, block) for block in blocks],
         [median_of_last(1, block) for block in blocks],
         needed,
+        parts,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import random
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ from torch import nn
 
 from hpctrain import DataParallel, ExchangeConfig, World
 from hpctrain.errors import ExchangeError
+from hpctrain.grad.priority import Run
 
 pytestmark = pytest.mark.mpi
 
@@ -173,7 +175,36 @@ def test_the_order_of_the_wire_is_agreed_and_changes_no_bit(world: World) -> Non
     assert not exchange.is_trying
     if world.size > 1:
         assert exchange.order_is_settled
-        assert sorted(exchange.wire_order) == list(range(len(exchange.blocks)))
+        sent = [
+            (run.block, part) for run in exchange.wire_order for part in range(run.start, run.stop)
+        ]
+        parts = exchange.reducer.parts
+        assert sorted(sent) == [
+            (block, part) for block, count in enumerate(parts) for part in range(count)
+        ]
+
+
+def test_parts_of_blocks_take_turns_on_the_wire(world: World) -> None:
+    """In any order that ranks agree on, with other blocks between the parts of one."""
+    cut = {"way": "direct", "chunk_bytes": 64, "in_flight_bytes": 1000}
+    plain = wrapped(deep, "adamw", config(next_forward=False, **cut))
+    ahead = wrapped(deep, "adamw", config(**cut))
+    ahead[0].exchange.may_reorder = False
+    chance = random.Random(0)
+    for _ in range(4):
+        assert train(*plain, SETTLED, world) == train(*ahead, SETTLED, world)
+        assert_same(plain[0].module, ahead[0].module)
+        exchange = ahead[0].exchange
+        if world.size > 1:
+            ahead[0].wait_for_gradients()
+            parts = exchange.reducer.parts
+            assert max(parts) > 2
+            turns = [block for block, count in enumerate(parts) for _ in range(count)]
+            chance.shuffle(turns)
+            order = [Run(b, n := turns[:i].count(b), n + 1) for i, b in enumerate(turns)]
+            exchange.wire_order = order
+            slabs = [block.slab for block in exchange.blocks]
+            exchange.reducer.plan(slabs, exchange.reducer.ways, order)
 
 
 def test_program_that_keeps_the_module_alone(world: World) -> None:
