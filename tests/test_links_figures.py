@@ -24,7 +24,7 @@ def found(steps: dict[str, float], wire_s: float = 0.4, rounds: int = 4) -> dict
         "wire_bytes": 50_000_000,
         "progress": {"hpctrain": "thread"},
         "ways": {"hpctrain": "16 by ring"},
-        "order": [0, 2, 1],
+        "order": [[0, 0, 8], [2, 0, 8], [1, 0, 8]],
         "batch": 1,
         "left_out": {"heat": "missing"},
     }

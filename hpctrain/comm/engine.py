@@ -10,8 +10,8 @@ thread level.
 
 MPI moves data only while it is called. Who calls is the progress mode:
 
-- ``thread``: a thread of the engine polls every `POLL_S` and sleeps in between. Works while the
-  main thread is anywhere, as long as it lets go of the interpreter lock.
+- ``thread``: a thread of the engine polls, as often as things move, and sleeps in between. Works
+  while the main thread is anywhere, as long as it lets go of the interpreter lock.
 - ``hooks``: gradient hooks poll in passing. Costs no thread switch, but nothing moves while a
   long kernel runs.
 
@@ -60,10 +60,13 @@ _yield_core = getattr(os, "sched_yield", lambda: time.sleep(0))
 
 POLL_S = 1e-4
 """Shortest sleep of the progress thread between two polls while operations are in flight."""
-LONGEST_POLL_S = 1e-3
+LONGEST_POLL_S = 5e-4
+"""Longest sleep: an operation that takes many polls a move seems slow, and must not become so."""
 POLLS_A_MOVE = 4
 """Polls in the usual time between two that move something. A link of 1 Gbit/s needs few of them,
 and each takes time from the ranks' own computation."""
+PACE_MOVES = 8
+"""Moves over which the time between two is averaged."""
 QUIET_POLLS = 1
 """Polls without a sleep after the last one that moved something."""
 HOOK_POLL_S = 5e-5
@@ -417,6 +420,7 @@ class Engine:
                     # Where something has just moved, more is about to.
                     _yield_core() if quiet < QUIET_POLLS else time.sleep(pace.pause_s)
                 else:
+                    pace.interrupt()
                     self._wake.wait(WATCH_S)
                     self._wake.clear()
                     if self._waiters:
@@ -483,14 +487,19 @@ class _Pace:
     def __init__(self) -> None:
         self.pause_s = POLL_S
         self._between_s = 0.0
-        self._moved_s = 0.0
+        self._moved_s: float | None = None
 
     def moved(self, now: float) -> None:
         """A poll at this time moved something."""
-        between_s = min(now - self._moved_s, POLLS_A_MOVE * LONGEST_POLL_S)
+        if self._moved_s is not None:
+            between_s = min(now - self._moved_s, POLLS_A_MOVE * LONGEST_POLL_S)
+            self._between_s += (between_s - self._between_s) / PACE_MOVES
+            self.pause_s = max(POLL_S, self._between_s / POLLS_A_MOVE)
         self._moved_s = now
-        self._between_s += (between_s - self._between_s) / 8
-        self.pause_s = max(POLL_S, min(self._between_s / POLLS_A_MOVE, LONGEST_POLL_S))
+
+    def interrupt(self) -> None:
+        """Nothing is on the wire, or another thread polls: forget when the last move was."""
+        self._moved_s = None
 
 
 _engines: dict[int, Engine] = {}

@@ -153,13 +153,17 @@ class ScratchRing:
 
 
 def chunk_cuts(count: int, itemsize: int, chunk_bytes: int | None) -> list[slice]:
-    """Cut a slab into chunks of `chunk_bytes`, the last one smaller; none if it is one chunk.
+    """Cut a slab into even chunks of about `chunk_bytes`, on cache lines; none if it is one chunk.
 
-    Chunks begin on cache lines.
+    They may be larger by an eighth: a full block has flags behind its gradients, which are not
+    worth a chunk.
     """
-    if chunk_bytes is None or count * itemsize <= chunk_bytes:
+    if chunk_bytes is None:
         return []
-    step = aligned(chunk_bytes) // itemsize
+    chunks = -(-(8 * count * itemsize - chunk_bytes) // (8 * chunk_bytes))
+    if chunks < 2:
+        return []
+    step = aligned(-(-count * itemsize // chunks)) // itemsize
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 

@@ -50,6 +50,15 @@ class OnDevice:
     """Whether messages take device memory, on all ranks; see comm.device_probe."""
 
 
+class Parts(NamedTuple):
+    """Parts of a slab that are posted one after another, by default all."""
+
+    slab: int
+    start: int = 0
+    stop: int | None = None
+    """The one after the last; None for all that follow."""
+
+
 class _Planned(NamedTuple):
     operation: Operation
     nbytes: int
@@ -129,7 +138,7 @@ class Reducer:
         self,
         slabs: Sequence[Slab],
         ways: Sequence[str] = (),
-        sequence: Sequence[tuple[int, int, int | None]] | None = None,
+        sequence: Sequence[Parts] | None = None,
     ) -> None:
         """Choose the way of each slab and plan its operations. Collective; contents are kept.
 
@@ -138,9 +147,8 @@ class Reducer:
         Args:
             slabs: the same on all ranks.
             ways: chosen earlier, to be kept where they are possible.
-            sequence: the order in which parts will be posted, if it is not that of the slabs: slab,
-                first part and the one after the last (None for all that follow). Those of one
-                slab come in their own order.
+            sequence: the order in which parts will be posted, if it is not that of the slabs; those
+                of one slab come in their own order.
         """
         if self._channel.size == 1:
             return
@@ -154,20 +162,21 @@ class Reducer:
             self.ways = [found[kind_of(slab)].way for slab in slabs]
             if any(tried.times_s for tried in self.tried):
                 _log.info("blocks are summed: %s", "; ".join(map(str, self.tried)))
-        self._plan(slabs, sequence or [(index, 0, None) for index in range(len(slabs))])
+        whole = [Parts(index) for index in range(len(slabs))]
+        self._plan(slabs, whole if sequence is None else sequence)
 
     @property
-    def parts(self) -> list[int]:
-        """How many parts of each slab are posted one by one."""
+    def part_counts(self) -> list[int]:
+        """How many parts each slab has; empty with a single rank."""
         return [len(planned) for planned in self._planned]
 
-    def post(self, index: int, label: str, start: int = 0, stop: int | None = None) -> list[Ticket]:
-        """Start to average a slab, or some of its parts.
+    def post(self, parts: Parts, label: str) -> list[Ticket]:
+        """Start to average parts of a slab. Returns at once.
 
-        Returns at once; the slab's content is undefined until all parts are done.
+        The slab's content is undefined until all of its parts are done.
         """
         post = self._channel.post
-        planned = self._planned[index][start:stop]
+        planned = self._planned[parts.slab][parts.start : parts.stop]
         return [post(p.operation, label, p.nbytes, p.scratch_bytes) for p in planned]
 
     def summary(self) -> str:
@@ -194,7 +203,7 @@ class Reducer:
             return [forced]
         return ways
 
-    def _plan(self, slabs: Sequence[Slab], sequence: Sequence[tuple[int, int, int | None]]) -> None:
+    def _plan(self, slabs: Sequence[Slab], sequence: Sequence[Parts]) -> None:
         parts = [_parts(way, slab) for way, slab in zip(self.ways, slabs, strict=True)]
         needed = [
             [self._scratch_bytes(way, part) for part in cut]
@@ -213,6 +222,7 @@ class Reducer:
         lanes = count()
         self._planned = [[] for _ in slabs]
         for index, start, stop in sequence:
+            assert start == len(self._planned[index]), "parts of a slab are not in their order"
             way = self.ways[index]
             ring = there if way in reduce.STAY_ON_DEVICE else host
             for part, nbytes in zip(
@@ -220,6 +230,8 @@ class Reducer:
             ):
                 operation = self._operation(way, part, next(lanes), ring.part(nbytes))
                 self._planned[index].append(_Planned(operation, part.nbytes, nbytes))
+        # Scratch is given out in this order: in another one, operations in flight would share it.
+        assert self.part_counts == [len(cut) for cut in parts], "not every part is posted once"
 
     def _scratch_bytes(self, way: str, part: Slab) -> int:
         nbytes = reduce.scratch_bytes(

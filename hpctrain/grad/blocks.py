@@ -1,6 +1,6 @@
 """Ordered model blocks: groups of parameters that share one flat slab of gradients.
 
-A block is the unit that goes on the wire. Its slab holds the gradients of its parameters, each
+A block goes on the wire whole or in parts. Its slab holds the gradients of its parameters, each
 on cache lines of its own, and behind them one *flag* a parameter: 1 where this rank has a gradient.
 Summed with the rest, the flags tell every rank, without a message of their own, which parameters
 no rank used, so that their `grad` stays None and the optimizer leaves them alone.
@@ -41,7 +41,7 @@ class Block:
     """Parameters whose gradients travel together.
 
     Attributes:
-        index: position in the order in which blocks go on the wire.
+        index: position in the order in which backward finishes blocks.
         members: indices of the parameters, in the order in which backward finishes them.
         names: what messages call the parameters.
         parameters: the parameters themselves.
@@ -49,6 +49,7 @@ class Block:
         views: the part of the slab that is each parameter's gradient.
         gradients: the slab without its flags.
         delivered: whether hooks have brought every gradient into the slab in this step.
+        released: whether parts of it are on the wire in this step, so that it takes nothing more.
         missing: parameters whose gradient backward has not yet finished in this step.
         ready_s: when backward had finished the last of them, since its beginning.
         tickets: the operations that reduce the slab, while they are under way.

@@ -4,9 +4,9 @@ The way of one step, on every rank:
 
 1. Backward finishes a parameter's gradient; its hook moves it into the block's slab, or leaves that
    to step 2 if it is small.
-2. When the last gradient of a block is there, the block is ready. Ready blocks are *released* in
-   the agreed order, never in the order of arrival, so that ranks cannot cross: the reducer
-   (comm/reducer.py) posts them to the engine in the way (comm/reduce/) that it chose for each.
+2. When the last gradient of a block is there, the block is ready. Ready blocks, or parts of them,
+   are *released* in the agreed order, never in the order of arrival, so that ranks cannot cross:
+   the reducer (comm/reducer.py) posts them to the engine in the way (comm/reduce/) it chose.
 3. When backward ends, blocks that are still incomplete (unused parameters, a branch that this
    rank did not take) are released as they are, and the call waits for all of them.
 
@@ -43,13 +43,13 @@ from hpctrain.comm.device import cuda
 from hpctrain.comm.device_probe import messages_take_device_memory
 from hpctrain.comm.engine import IN_FLIGHT_BYTES, PROGRESS_MODES, Channel, Engine
 from hpctrain.comm.memory import release_freed
-from hpctrain.comm.reducer import CHUNK_BYTES, OnDevice, ReduceOptions, Reducer
+from hpctrain.comm.reducer import CHUNK_BYTES, OnDevice, Parts, ReduceOptions, Reducer
 from hpctrain.config import check, option
 from hpctrain.errors import ExchangeError
 from hpctrain.grad import priority
 from hpctrain.grad.blocks import Block, gradient_norm, move, partition, slab_size, usable
 from hpctrain.grad.next_forward import NextForward
-from hpctrain.grad.priority import Run, StepTimes
+from hpctrain.grad.priority import StepTimes
 from hpctrain.grad.replicas import BUFFER_MODES, BufferSync
 from hpctrain.grad.trial import Trial, medians
 from hpctrain.trace import COMPUTE, now_s
@@ -93,7 +93,7 @@ class ExchangeConfig:
     in_flight_bytes: int = option(IN_FLIGHT_BYTES, minimum=1)
     """Memory for messages that are on the wire at a time; with `next_forward` at most 1 MB."""
     chunk_bytes: int = option(CHUNK_BYTES, minimum=64)
-    """Largest message operation; larger blocks are cut, so that sums and messages overlap."""
+    """Size of operations by messages: larger blocks are cut evenly, so that sums overlap."""
     deadline_s: float = option(300.0, above=0)
     """An operation that is not finished by then ends the run, naming the ranks it waits for."""
 
@@ -170,7 +170,7 @@ class Exchange:
         self._blocks: list[Block] | None = None
         self._local = False
         self._armed = False
-        self.wire_order: list[Run] = []
+        self.wire_order: list[Parts] = []
         """Parts of blocks in the order in which they go on the wire."""
         self._seen_times: list[StepTimes] | None = []
         self.may_reorder = True
@@ -279,13 +279,13 @@ class Exchange:
         if self._blocks is None:
             self._build()
         assert self._blocks is not None
-        for run in self.wire_order[self._next :]:
-            block = self._blocks[run.block]
+        for parts in self.wire_order[self._next :]:
+            block = self._blocks[parts.slab]
             if not block.released:
                 if block.missing or self.progress == "after":
                     block.ready_s = ended_s - self._begun_s if self._armed else 0.0
                 block.fill()
-            self._release(run)
+            self._release(parts)
         if self.buffers:
             self.buffers.post(self.weight)
         in_order = [self._blocks[number] for number in priority.by_last_part(self.wire_order)]
@@ -400,7 +400,7 @@ class Exchange:
             block.missing -= 1
             if block.missing == 0:
                 block.ready_s = now_s() - self._begun_s
-                if self.wire_order[self._next].block == number:
+                if self.wire_order[self._next].slab == number:
                     self._release_ready()
         elif block.released:
             raise _late(self.names[index], block)
@@ -447,7 +447,7 @@ class Exchange:
                     move(parameter, view, self.names[index])
             self._blocks.append(block)
         release_freed()  # the gradients of the first step, which were tensors of their own
-        self.wire_order = [Run(number) for number in range(len(slabs))]
+        self.wire_order = [Parts(number) for number in range(len(slabs))]
         self.reducer.plan(slabs, ways)
         self._reset()
 
@@ -483,33 +483,42 @@ class Exchange:
         for block in in_order:  # the plan's scratch is in use
             self._wait(block)
         measured = [steps for steps, _ in everyones]
-        self.wire_order = priority.agreed_order(measured, needed, self.reducer.parts)
-        self.reducer.plan([b.slab for b in self.blocks], self.reducer.ways, self.wire_order)
-        order = ", ".join(f"{run.block}[{run.start}:{run.stop}]" for run in self.wire_order)
+        self.send_in(priority.agreed_order(measured, needed, self.reducer.part_counts))
+        order = ", ".join(f"{p.slab}[{p.start}:{p.stop}]" for p in self.wire_order)
         _log.info("parts of blocks go on the wire in the order %s", order)
+
+    def send_in(self, order: Sequence[Parts]) -> None:
+        """From now on, send parts of blocks in this order, the same on all ranks. Collective.
+
+        With no block on the wire. Parts of one block come in their own order.
+        """
+        self.wire_order = list(order)
+        self.reducer.plan([b.slab for b in self.blocks], self.reducer.ways, self.wire_order)
 
     def _release_ready(self) -> None:
         """Release every block from the next one on that is complete, in order."""
         assert self._blocks is not None
         while self._next < len(self.wire_order):
-            run = self.wire_order[self._next]
-            block = self._blocks[run.block]
+            parts = self.wire_order[self._next]
+            block = self._blocks[parts.slab]
             if block.missing:
                 return
             if not block.released:
                 block.deliver()
-            self._release(run)
+            self._release(parts)
 
-    def _release(self, run: Run) -> None:
+    def _release(self, parts: Parts) -> None:
+        """Post parts of a block that holds all that this rank has for it."""
         assert self._blocks is not None
-        block = self._blocks[run.block]
+        block = self._blocks[parts.slab]
         self._next += 1
-        if self.world.size > 1:
-            if not block.released:
-                block.slab.hand_over()
-                block.tickets = []
-            block.tickets += self.reducer.post(run.block, block.label, run.start, run.stop)
-        block.released = True
+        is_first, block.released = not block.released, True
+        if self.world.size == 1:
+            return
+        if is_first:
+            block.slab.hand_over()
+            block.tickets = []
+        block.tickets += self.reducer.post(parts, block.label)
 
     def _reset(self) -> None:
         self._armed = False

@@ -15,6 +15,8 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from hpctrain.comm.reducer import Parts
+
 STEPS = 4
 """Steps whose times decide about the order."""
 
@@ -28,20 +30,12 @@ class StepTimes(NamedTuple):
     """The block's share of the time in which blocks were on the wire, by its size."""
 
 
-class Run(NamedTuple):
-    """Parts of a block that go on the wire one after another, by default all."""
-
-    block: int
-    start: int = 0
-    stop: int | None = None
-
-
 def wire_order(
     ready_s: Sequence[float],
     wire_s: Sequence[float],
     needed: Sequence[int],
     parts: Sequence[int],
-) -> list[Run]:
+) -> list[Parts]:
     """The order in which to send parts: of the blocks that are ready, the first needed first.
 
     Args:
@@ -50,10 +44,9 @@ def wire_order(
         needed: rank of each block among those that the next forward needs.
         parts: how many parts of the same size each block has.
     """
-    coming = sorted(range(len(ready_s)), key=lambda block: (ready_s[block], block))
-    coming.reverse()
-    waiting: list[tuple[int, int]] = []
-    order: list[Run] = []
+    coming = sorted(range(len(ready_s)), key=lambda block: (ready_s[block], block), reverse=True)
+    waiting: list[tuple[int, float, int]] = []
+    order: list[Parts] = []
     sent = [0] * len(parts)
     clock_s = 0.0
     while coming or waiting:
@@ -61,31 +54,28 @@ def wire_order(
             clock_s = max(clock_s, ready_s[coming[-1]])
         while coming and ready_s[coming[-1]] <= clock_s:
             block = coming.pop()
-            heapq.heappush(waiting, (needed[block], block))
-        _, block = waiting[0]
+            heapq.heappush(waiting, (needed[block], ready_s[block], block))
+        _, _, block = waiting[0]
         start = sent[block]
-        if order and order[-1].block == block:
+        if order and order[-1].slab == block:
             start = order.pop().start
         sent[block] += 1
-        order.append(Run(block, start, sent[block]))
+        order.append(Parts(block, start, sent[block]))
         if sent[block] == parts[block]:
             heapq.heappop(waiting)
         clock_s += wire_s[block] / parts[block]
     return order
 
 
-def by_last_part(order: Sequence[Run]) -> list[int]:
+def by_last_part(order: Sequence[Parts]) -> list[int]:
     """Blocks in the order in which their last parts are sent."""
-    last: dict[int, None] = {}
-    for run in order:
-        last.pop(run.block, None)
-        last[run.block] = None
-    return list(last)
+    last = {parts.slab: place for place, parts in enumerate(order)}
+    return sorted(last, key=last.__getitem__)
 
 
 def agreed_order(
     measured: Sequence[Sequence[StepTimes]], needed: Sequence[int], parts: Sequence[int]
-) -> list[Run]:
+) -> list[Parts]:
     """The order for all ranks: by medians over steps of the rank that was last in each.
 
     Args:

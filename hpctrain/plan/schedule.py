@@ -22,7 +22,7 @@ class Window:
     """How much the engine has in flight; by default as hpctrain.ExchangeConfig."""
 
     chunk_bytes: int = 1 << 18
-    """Larger blocks are cut into operations of this size, but not by `shared`."""
+    """Larger blocks are cut into operations of about this size, but not by `shared`."""
     in_flight_bytes: int = 8 << 20
     """Scratch memory of operations in flight, unless one needs more."""
     operations: int = 64
@@ -98,11 +98,12 @@ def exchanged_s(step: Step, links: Links) -> float:
 
 
 def _chunks(way: str, nbytes: int, chunk_bytes: int) -> list[int]:
-    """Sizes of the operations that sum a block, as hpctrain.comm.reducer cuts it."""
-    if way == "shared":
+    """Sizes of the operations that sum a block, as hpctrain.comm.memory cuts it."""
+    chunks = -(-(8 * nbytes - chunk_bytes) // (8 * chunk_bytes))
+    if way == "shared" or chunks < 2:
         return [nbytes]
-    whole, rest = divmod(nbytes, chunk_bytes)
-    return [chunk_bytes] * whole + [rest] * (rest > 0)
+    size = -(-nbytes // chunks)
+    return [size] * (chunks - 1) + [nbytes - size * (chunks - 1)]
 
 
 def _scratch_bytes(way: str, nbytes: int, layout: Layout) -> int:

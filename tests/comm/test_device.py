@@ -18,7 +18,7 @@ from hpctrain.comm.device import DeviceSum, cuda
 from hpctrain.comm.device_probe import messages_take_device_memory
 from hpctrain.comm.engine import Channel, engine_of
 from hpctrain.comm.reduce.sums import SumInOrder
-from hpctrain.comm.reducer import OnDevice, ReduceOptions, Reducer
+from hpctrain.comm.reducer import OnDevice, Parts, ReduceOptions, Reducer
 from hpctrain.errors import ExchangeError
 
 mpi = pytest.mark.mpi
@@ -62,7 +62,7 @@ def rounds(
 
             queue(write)
             slab.hand_over()
-            tickets += reducer.post(index, f"slab {index}")
+            tickets += reducer.post(Parts(index), f"slab {index}")
         for ticket in tickets:
             channel.engine.wait(ticket)
         for slab in slabs:

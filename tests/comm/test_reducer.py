@@ -12,7 +12,7 @@ from hpctrain import World
 from hpctrain.comm.collect import all_gather
 from hpctrain.comm.engine import Engine, engine_of
 from hpctrain.comm.memory import Slab
-from hpctrain.comm.reducer import ReduceOptions, Reducer
+from hpctrain.comm.reducer import Parts, ReduceOptions, Reducer
 from hpctrain.errors import ExchangeError
 
 pytestmark = pytest.mark.mpi
@@ -54,7 +54,9 @@ def values(rank: int, count: int, dtype: torch.dtype) -> torch.Tensor:
 def average(reducer: Reducer, slabs: list[Slab], engine: Engine, rank: int) -> None:
     for slab in slabs:
         slab.tensor.copy_(values(rank, slab.tensor.numel(), slab.tensor.dtype))
-    tickets = [t for index in range(len(slabs)) for t in reducer.post(index, f"slab {index}")]
+    tickets = [
+        t for index in range(len(slabs)) for t in reducer.post(Parts(index), f"slab {index}")
+    ]
     for ticket in tickets:
         engine.wait(ticket)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from hpctrain import ExchangeConfig, World
 from hpctrain.comm.collect import all_gather
 from hpctrain.comm.engine import engine_of
+from hpctrain.comm.reducer import Parts
 
 WIDTH = 6
 PER_RANK = 4
@@ -172,3 +174,10 @@ def assert_close(
 def assert_same_bits(world: World, found: Sequence[torch.Tensor | None]) -> None:
     mine = [None if g is None else g.reshape(-1).view(torch.uint8).numpy().tobytes() for g in found]
     assert all(other == mine for other in all_gather(engine_of(world).control, mine))
+
+
+def in_turns(part_counts: Sequence[int], chance: random.Random) -> list[Parts]:
+    """Each part alone, in any order that keeps the order of a block's own."""
+    turns = [block for block, count in enumerate(part_counts) for _ in range(count)]
+    chance.shuffle(turns)
+    return [Parts(b, n := turns[:i].count(b), n + 1) for i, b in enumerate(turns)]

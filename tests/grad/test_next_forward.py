@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from grad.plain import in_turns
 from torch import nn
 
 from hpctrain import DataParallel, ExchangeConfig, World
 from hpctrain.errors import ExchangeError
-from hpctrain.grad.priority import Run
 
 pytestmark = pytest.mark.mpi
 
@@ -175,36 +175,35 @@ def test_the_order_of_the_wire_is_agreed_and_changes_no_bit(world: World) -> Non
     assert not exchange.is_trying
     if world.size > 1:
         assert exchange.order_is_settled
-        sent = [
-            (run.block, part) for run in exchange.wire_order for part in range(run.start, run.stop)
-        ]
-        parts = exchange.reducer.parts
+        sent = [(p.slab, part) for p in exchange.wire_order for part in range(p.start, p.stop)]
+        parts = exchange.reducer.part_counts
         assert sorted(sent) == [
             (block, part) for block, count in enumerate(parts) for part in range(count)
         ]
 
 
-def test_parts_of_blocks_take_turns_on_the_wire(world: World) -> None:
+@pytest.mark.parametrize("progress", ["hooks", "thread"])
+@pytest.mark.parametrize(
+    ("name", "wire"), [(name, "same") for name in MODELS] + [("deep", "bfloat16")]
+)
+def test_parts_of_blocks_take_turns_on_the_wire(
+    name: str, wire: str, progress: str, world: World
+) -> None:
     """In any order that ranks agree on, with other blocks between the parts of one."""
-    cut = {"way": "direct", "chunk_bytes": 64, "in_flight_bytes": 1000}
-    plain = wrapped(deep, "adamw", config(next_forward=False, **cut))
-    ahead = wrapped(deep, "adamw", config(**cut))
-    ahead[0].exchange.may_reorder = False
+    cut = {"way": "direct", "wire": wire, "progress": progress}
+    cut |= {"chunk_bytes": 64, "in_flight_bytes": 1000}
+    plain = wrapped(MODELS[name], "adamw", config(next_forward=False, **cut))
+    ahead = wrapped(MODELS[name], "adamw", config(**cut))
+    exchange = ahead[0].exchange
+    exchange.may_reorder = False
     chance = random.Random(0)
-    for _ in range(4):
+    for _ in range(3):
         assert train(*plain, SETTLED, world) == train(*ahead, SETTLED, world)
         assert_same(plain[0].module, ahead[0].module)
-        exchange = ahead[0].exchange
+        ahead[0].wait_for_gradients()
         if world.size > 1:
-            ahead[0].wait_for_gradients()
-            parts = exchange.reducer.parts
-            assert max(parts) > 2
-            turns = [block for block, count in enumerate(parts) for _ in range(count)]
-            chance.shuffle(turns)
-            order = [Run(b, n := turns[:i].count(b), n + 1) for i, b in enumerate(turns)]
-            exchange.wire_order = order
-            slabs = [block.slab for block in exchange.blocks]
-            exchange.reducer.plan(slabs, exchange.reducer.ways, order)
+            assert max(exchange.reducer.part_counts) > 2
+            exchange.send_in(in_turns(exchange.reducer.part_counts, chance))
 
 
 def test_program_that_keeps_the_module_alone(world: World) -> None:

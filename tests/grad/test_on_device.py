@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
+from grad.plain import in_turns
 from late_device import LateDevice
 from torch import nn
 
@@ -34,7 +37,11 @@ class Net(nn.Module):
 
 
 def trained(
-    world: World, options: ExchangeConfig, where: torch.device, steps: int = 6
+    world: World,
+    options: ExchangeConfig,
+    where: torch.device,
+    steps: int = 6,
+    takes_turns: bool = False,
 ) -> dict[str, torch.Tensor]:
     torch.manual_seed(3)
     model = DataParallel(Net().double().to(where), options)
@@ -54,6 +61,11 @@ def trained(
         )
         optimizer.step()
         optimizer.zero_grad()
+        if takes_turns and world.size > 1:
+            model.wait_for_gradients()
+            counts = model.exchange.reducer.part_counts
+            assert max(counts) > 2
+            model.exchange.send_in(in_turns(counts, random.Random(step)))
     model.check_in_sync()
     norm = model.exchange.gradient_norm()
     return {**model.module.state_dict(), "norm": norm}
@@ -78,6 +90,22 @@ def test_late_device_trains_to_the_bits_of_the_host(
         found = trained(world, options, host)
         for name, value in expected.items():
             assert torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize("stays", [False, True])
+def test_late_device_sends_parts_of_blocks_in_turns(
+    world: World, stays: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ExchangeConfig(
+        block_bytes=400, chunk_bytes=64, next_forward=True, way="direct", progress="hooks"
+    )
+    host = torch.device("cpu")
+    expected = trained(world, options, host)
+    there = OnDevice(host, LateDevice(program_waits=True), stays)
+    monkeypatch.setattr(overlap, "device_of", lambda *_: there)
+    found = trained(world, options, host, takes_turns=True)
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
 
 
 @gpu

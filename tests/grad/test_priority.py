@@ -4,7 +4,8 @@ import random
 
 import pytest
 
-from hpctrain.grad.priority import Run, StepTimes, agreed_order, by_last_part, wire_order
+from hpctrain.comm.reducer import Parts
+from hpctrain.grad.priority import StepTimes, agreed_order, by_last_part, wire_order
 
 
 def forward_ends_s(order, ready_s, wire_s, needed, parts, forward_s):
@@ -19,8 +20,8 @@ def forward_ends_s(order, ready_s, wire_s, needed, parts, forward_s):
     return clock_s
 
 
-def whole(*blocks: int) -> list[Run]:
-    return [Run(block, 0, 1) for block in blocks]
+def whole(*blocks: int) -> list[Parts]:
+    return [Parts(block, 0, 1) for block in blocks]
 
 
 def test_a_fast_wire_keeps_the_order_of_backward() -> None:
@@ -34,14 +35,19 @@ def test_a_slow_wire_sends_first_what_is_needed_first() -> None:
 
 def test_all_ready_at_once_are_sent_as_they_are_needed() -> None:
     assert wire_order([0.0] * 5, [1.0] * 5, [2, 0, 4, 1, 3], [2] * 5) == [
-        Run(block, 0, 2) for block in (1, 3, 0, 4, 2)
+        Parts(block, 0, 2) for block in (1, 3, 0, 4, 2)
     ]
 
 
 def test_what_is_needed_first_overtakes_between_two_parts() -> None:
     order = wire_order([0, 2.5, 4], [4.0, 4.0, 1.0], [2, 1, 0], [4, 2, 1])
-    assert order == [Run(0, 0, 3), Run(1, 0, 1), Run(2, 0, 1), Run(1, 1, 2), Run(0, 3, 4)]
+    assert order == [Parts(0, 0, 3), Parts(1, 0, 1), Parts(2, 0, 1), Parts(1, 1, 2), Parts(0, 3, 4)]
     assert by_last_part(order) == [2, 1, 0]
+
+
+def test_blocks_that_are_needed_at_the_same_time_do_not_interrupt_each_other() -> None:
+    order = wire_order([2.0, 1.0], [4.0, 4.0], [0, 0], [4, 4])
+    assert order == [Parts(1, 0, 4), Parts(0, 0, 4)]
 
 
 def test_no_blocks_and_one() -> None:
@@ -59,9 +65,9 @@ def test_every_part_is_sent_once_and_the_forward_ends_no_later(seed: int) -> Non
     parts = [draw.choice([1, 2, 5])] * count
     needed = list(reversed(range(count)))
     order = wire_order(ready_s, wire_s, needed, parts)
-    sent = [(run.block, part) for run in order for part in range(run.start, run.stop or 0)]
+    sent = [(p.slab, part) for p in order for part in range(p.start, p.stop or 0)]
     assert sorted(sent) == [(block, part) for block in range(count) for part in range(parts[block])]
-    plain = [Run(block, 0, parts[block]) for block in range(count)]
+    plain = [Parts(block, 0, parts[block]) for block in range(count)]
     given = ready_s, wire_s, needed, parts, 0.1
     assert forward_ends_s(order, *given) <= forward_ends_s(plain, *given) + 1e-9
 

@@ -11,13 +11,35 @@ import torch
 
 from hpctrain import ExchangeConfig
 from hpctrain.comm import engine, reduce
-from hpctrain.comm.memory import Slab
+from hpctrain.comm.memory import Slab, chunk_cuts
 from hpctrain.plan.cost import WAYS, Layout, Links, all_reduce
-from hpctrain.plan.schedule import Step, Window, Work, _scratch_bytes, exchanged_s, step_s
+from hpctrain.plan.schedule import (
+    Step,
+    Window,
+    Work,
+    _chunks,
+    _scratch_bytes,
+    exchanged_s,
+    step_s,
+)
 
 LINKS = Links(latency_s=1e-3, bytes_per_s=1e7, memory_bytes_per_s=1e10, overhead_s=1e-5)
 FOUR = Layout(nodes=4)
 WORK = Work.even(0.1, 0.2, 0.01, [100_000, 400_000, 1_000_000, 300_000])
+
+
+@pytest.mark.parametrize("nbytes", [64, 4096, 4608, 4672, 8192, 8256, 40_000, 1 << 20])
+def test_blocks_are_cut_as_slabs_are(nbytes: int) -> None:
+    """Up to cache lines; what exceeds a chunk by less than an eighth is not worth another."""
+    chunks = _chunks("direct", nbytes, 4096)
+    assert sum(chunks) == nbytes
+    cuts = chunk_cuts(nbytes // 4, 4, 4096) or [slice(0, nbytes // 4)]
+    assert len(cuts) == len(chunks)
+    assert all(
+        abs(4 * (cut.stop - cut.start) - size) <= 64 * len(cuts)
+        for cut, size in zip(cuts, chunks, strict=True)
+    )
+    assert max(chunks) <= 4096 * 9 / 8
 
 
 def test_window_is_the_engines() -> None:
