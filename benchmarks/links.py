@@ -60,8 +60,8 @@ COMPUTE = (0.2, 0.6, 1.0, 3.0)
 """Forward and backward, over the wire time."""
 KINDS = ("sleep", "kernels")
 WIDTH = 720
-LAYERS, QUICK_LAYERS = 16, 8
-"""33 MB of float32; half as much for a quick look."""
+LAYERS, QUICK_LAYERS = 16, 6
+"""33 MB of float32; 12 MB for a quick look."""
 REPEATS = 7
 TOLERANCE = {"bf16": 2e-2}
 EXACT = 1e-4

@@ -82,13 +82,13 @@ def select(
     return tried
 
 
-def fastest(times_s: Mapping[str, float]) -> str | None:
-    """The first way, unless another is clearly faster."""
+def fastest(times_s: Mapping[str, float], margin: float = MARGIN) -> str | None:
+    """The first way, unless the fastest takes less than `margin` of its time."""
     if not times_s:
         return None
     preferred = next(iter(times_s))
     best = min(times_s, key=times_s.__getitem__)
-    return best if times_s[best] < MARGIN * times_s[preferred] else preferred
+    return best if times_s[best] < margin * times_s[preferred] else preferred
 
 
 def _try(channel: Channel, slab: Slab, arms: Mapping[str, Sequence[Operation]]) -> dict[str, float]:

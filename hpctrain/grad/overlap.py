@@ -51,7 +51,7 @@ from hpctrain.grad.blocks import Block, gradient_norm, move, partition, slab_siz
 from hpctrain.grad.next_forward import NextForward
 from hpctrain.grad.priority import StepTimes
 from hpctrain.grad.replicas import BUFFER_MODES, BufferSync
-from hpctrain.grad.trial import Trial, medians
+from hpctrain.grad.trial import Trial, chosen, medians
 from hpctrain.trace import COMPUTE, now_s
 
 _log = logging.getLogger("hpctrain")
@@ -458,7 +458,7 @@ class Exchange:
             self.progress = trial.mode
             return
         found = medians(all_gather(self.engine.control, trial.times_s, label="progress trial"))
-        self.progress = min(found, key=found.__getitem__)
+        self.progress = chosen(found)
         self._trial = None
         figures = ", ".join(f"{mode} {seconds * 1e3:.2f} ms" for mode, seconds in found.items())
         _log.info("blocks are moved by %r; backward and exchange took: %s", self.progress, figures)

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from hpctrain.comm.select import median_of_slowest
+from hpctrain.comm.select import fastest, median_of_slowest
 
-MODES = ("thread", "hooks", "after")
-"""Progress by a thread, by hooks, or not at all before backward has ended."""
+MODES = ("after", "thread", "hooks")
+"""No progress before backward has ended, or by a thread, or by hooks; the simplest one first."""
 WARM_UP_STEPS = 2
-ROUNDS = 4
+ROUNDS = 6
+MARGIN = 0.95
+"""A mode replaces an earlier one if its steps take less than this share of the time. Where ranks
+share cores, a few steps differ by more than the modes do."""
 
 
 class Trial:
@@ -59,6 +62,13 @@ class Trial:
         if counts:
             self.times_s.setdefault(mode, []).append(seconds)
         self._steps += 1
+
+
+def chosen(medians_s: Mapping[str, float]) -> str:
+    """The mode to go on with."""
+    mode = fastest(medians_s, MARGIN)
+    assert mode is not None
+    return mode
 
 
 def medians(times_s: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, float]:

@@ -1,6 +1,6 @@
 from itertools import groupby
 
-from hpctrain.grad.trial import MODES, ROUNDS, WARM_UP_STEPS, Trial, medians
+from hpctrain.grad.trial import MODES, ROUNDS, WARM_UP_STEPS, Trial, chosen, medians
 
 
 def turns_of(trial: Trial) -> list[str]:
@@ -42,3 +42,9 @@ def test_median_is_over_the_slowest_rank_of_each_step() -> None:
     second = {"thread": [4.0] * ROUNDS, "hooks": [fast] * ROUNDS, "after": [3.5] * ROUNDS}
     second["thread"][0] = 100.0  # one outlier
     assert medians([first, second]) == {"thread": 4.0, "hooks": 5.0, "after": 3.5}
+
+
+def test_overlap_must_be_worth_it() -> None:
+    assert chosen({"after": 1.0, "thread": 0.97, "hooks": 0.96}) == "after"
+    assert chosen({"after": 1.0, "thread": 0.8, "hooks": 0.79}) == "hooks"
+    assert chosen({"thread": 1.0, "hooks": 0.97}) == "thread"
