@@ -35,7 +35,7 @@ DDP_PORT = 29_541
 MEMORY_STEPS = 5
 TINY_PARAMETERS = 256
 SMALL_PARAMETERS = 2000
-SLOW = ("main_job",)
+SLOW = ("main_job", "2000_small")
 """Left out where a minute must do."""
 
 EXACT = 1e-4
