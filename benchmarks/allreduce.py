@@ -8,7 +8,6 @@ line, one JSON object.
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -154,8 +153,7 @@ def main() -> None:
     if options.worker:
         repeats, *sizes = options.worker
         found = time_sizes([float(size) for size in sizes], int(repeats))
-        if found["rank"] == 0:
-            print(json.dumps(found), flush=True)
+        harness.tell(found)
         return
     sizes = QUICK_SIZES_MB if options.quick else SIZES_MB
     repeats = 9 if options.quick else 21

@@ -282,6 +282,13 @@ def refuse_unfit() -> None:
 
 
 @functools.cache
+def exit_if_unfit(program: str) -> None:
+    """Where a cluster cannot be made, end a program with the reason and the status for that."""
+    if reason := why_not():
+        print(f"{program}: {reason}", file=sys.stderr)
+        sys.exit(UNFIT)
+
+
 def why_not() -> str:
     """Why a cluster cannot be made here; empty if it can. Tries it."""
     try:

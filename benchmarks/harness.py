@@ -64,16 +64,17 @@ def launch(
         ended = subprocess.run(
             command, env=os.environ | RUNTIME, stdout=subprocess.PIPE, text=True, check=False
         )
-    # Libraries print too, and ranks in any order: the object is the line that looks like one.
-    objects = [line for line in ended.stdout.splitlines() if line[:1] == "{"]
     if ended.returncode:
-        status = f"{' '.join(ended.args)} ended with status {ended.returncode}"
-        if not objects:
-            sys.exit(f"{status}:\n{ended.stdout}")
-        # The figures are those of all ranks: what died then is a peer's thread, as gloo's do.
-        print(f"{status} after its figures were there", file=sys.stderr)
-    found: dict[str, Any] = json.loads(objects[-1])
+        sys.exit(f"{' '.join(ended.args)} ended with status {ended.returncode}:\n{ended.stdout}")
+    # Libraries print too, and ranks in any order: the object is the line that looks like one.
+    found: dict[str, Any] = json.loads([x for x in ended.stdout.splitlines() if x[:1] == "{"][-1])
     return found
+
+
+def tell(result: Mapping[str, Any]) -> None:
+    """On the worker's rank 0, print the object that `launch` reads."""
+    if result["rank"] == 0:
+        print(json.dumps(result), flush=True)
 
 
 def take_turns(

@@ -387,13 +387,9 @@ def main() -> None:
     parser.add_argument("--only", default="", help="configurations whose name has this text")
     options = parser.parse_args()
     if options.worker:
-        result = run_worker(options.worker[0])
-        if result["rank"] == 0:
-            print(json.dumps(result), flush=True)
+        harness.tell(run_worker(options.worker[0]))
         return
-    if reason := cluster.why_not():
-        print(f"links: {reason}", file=sys.stderr)
-        sys.exit(cluster.UNFIT)
+    cluster.exit_if_unfit("links")
     quick = [Case("sleep", compute) for compute in (1.0, 0.2)]
     whole = [Case(kind, compute) for kind in KINDS for compute in COMPUTE]
     specification: dict[str, Any] = {

@@ -6,6 +6,7 @@ with a function to call after it.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +29,7 @@ def ddp(model: nn.Module, name: str) -> nn.Module:
 def without_heat() -> str:
     """Why Heat's arms are left out; empty if it can be imported. Starts MPI if nobody has."""
     try:
-        import heat  # noqa: F401
+        importlib.import_module("heat")
     except Exception as error:  # it may be missing, or a part of it not fit this torch
         return in_a_line(error)
     return ""

@@ -34,6 +34,7 @@ import torch
 from links import SleepLayer, Stepper
 from torch import nn
 
+from hpctrain import ExchangeConfig
 from hpctrain.comm.engine import LONGEST_POLL_S
 from hpctrain.plan.cost import WAYS, Layout, Links
 from hpctrain.plan.fit import fit
@@ -118,8 +119,9 @@ FAR_RANKS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 10240)
 FAR = Links(latency_s=2e-6, bytes_per_s=12.5e9, memory_bytes_per_s=20e9, overhead_s=1e-5)
 FAR_BYTES = 400_000_000
 FAR_FORWARD_S, FAR_BACKWARD_S, FAR_OPTIMIZER_S = 0.05, 0.10, 0.01
-SIZES = (1 << 20, Window().chunk_bytes)
+SIZES = (ExchangeConfig().block_bytes, Window().chunk_bytes)
 """Blocks and chunks of hpctrain."""
+SIZES_TEXT = f"{SIZES[0] >> 20} MB blocks, {SIZES[1] >> 10} kB chunks"
 OTHER_SIZES = tuple(
     (block << 20, chunk << 20) for block in (1, 4, 16, 64) for chunk in (1, 4, 16, 64)
 )
@@ -396,7 +398,7 @@ def draw(rows: Sequence[Mapping[str, Any]], far: Sequence[Mapping[str, Any]], pa
         xlabel=f"ranks, {FAR_RANKS_PER_NODE} a node",
         ylabel="step, s",
         title="SIMULATED: 400 MB, 160 ms of compute, 100 Gbit/s a node\n"
-        "solid: 1 MB blocks, 256 kB chunks; dashed: best sizes",
+        f"solid: {SIZES_TEXT}; dashed: best sizes",
     )
     ticks = FAR_RANKS[::2]
     right.set_xticks(ticks, [f"{ranks:,}" for ranks in ticks])
@@ -408,13 +410,9 @@ def draw(rows: Sequence[Mapping[str, Any]], far: Sequence[Mapping[str, Any]], pa
 def main() -> None:
     options = harness.parser(__doc__).parse_args()
     if options.worker:
-        result = run_worker(options.worker[0])
-        if result["rank"] == 0:
-            print(json.dumps(result), flush=True)
+        harness.tell(run_worker(options.worker[0]))
         return
-    if reason := cluster.why_not():
-        print(f"scale: {reason}", file=sys.stderr)
-        sys.exit(cluster.UNFIT)
+    cluster.exit_if_unfit("scale")
     cores = len(os.sched_getaffinity(0))
     found = measure(
         QUICK_LAYOUTS if options.quick else (*FITTED_TO, *HELD_OUT),
@@ -435,8 +433,7 @@ def main() -> None:
             f"SIMULATED ms of a step, never measured: {FAR_BYTES / 1e6:.0f} MB of float32, "
             f"forward {FAR_FORWARD_S * 1e3:.0f} ms, backward {FAR_BACKWARD_S * 1e3:.0f} ms, "
             f"optimizer {FAR_OPTIMIZER_S * 1e3:.0f} ms, {FAR_RANKS_PER_NODE} ranks a node, {FAR}.",
-            "With blocks of 1 MB in chunks of 256 kB as hpctrain has them, and with the best of "
-            "1 to 64 MB of both.",
+            f"With {SIZES_TEXT} as hpctrain has them, and with the best of 1 to 64 MB of both.",
             harness.table(far),
         ]
     )

@@ -8,7 +8,6 @@ step that waited for the wire, the cost of a block, and the peak memory over DDP
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 import statistics
@@ -271,8 +270,7 @@ def main() -> None:
     if options.worker:
         kind, *rest = options.worker
         result = time_cases(int(rest[0]), rest[1:]) if kind == "times" else measure_ddp_memory()
-        if result["rank"] == 0:
-            print(json.dumps(result), flush=True)
+        harness.tell(result)
         if kind == "memory":
             os._exit(0)  # one of gloo's threads aborts the process now and then when it ends
         return

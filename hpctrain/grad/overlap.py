@@ -172,6 +172,7 @@ class Exchange:
         self._armed = False
         self.wire_order: list[Parts] = []
         """Parts of blocks in the order in which they go on the wire."""
+        self._by_last_part: list[Block] = []
         self._seen_times: list[StepTimes] | None = []
         self.may_reorder = True
         """Whether blocks that the next forward needs first may overtake others."""
@@ -288,12 +289,11 @@ class Exchange:
             self._release(parts)
         if self.buffers:
             self.buffers.post(self.weight)
-        in_order = [self._blocks[number] for number in priority.by_last_part(self.wire_order)]
         if later:
-            self._put_in_order(later, in_order)
-            later.owe(in_order, self.buffers)
+            self._put_in_order(later)
+            later.owe(self._by_last_part, self.buffers)
         else:
-            for block in in_order:
+            for block in self._by_last_part:
                 self._wait(block)
                 block.settle()
             if self.buffers:
@@ -447,8 +447,8 @@ class Exchange:
                     move(parameter, view, self.names[index])
             self._blocks.append(block)
         release_freed()  # the gradients of the first step, which were tensors of their own
-        self.wire_order = [Parts(number) for number in range(len(slabs))]
         self.reducer.plan(slabs, ways)
+        self._take_order([Parts(number) for number in range(len(slabs))])
         self._reset()
 
     def _take_turns(self, trial: Trial, took_s: float) -> None:
@@ -463,14 +463,14 @@ class Exchange:
         figures = ", ".join(f"{mode} {seconds * 1e3:.2f} ms" for mode, seconds in found.items())
         _log.info("blocks are moved by %r; backward and exchange took: %s", self.progress, figures)
 
-    def _put_in_order(self, later: NextForward, in_order: Sequence[Block]) -> None:
+    def _put_in_order(self, later: NextForward) -> None:
         """Have blocks that are needed first overtake, once steps are measured. Collective."""
-        if self._seen_times is None or self._trial or self.world.size == 1 or not in_order:
+        if self._seen_times is None or self._trial or self.world.size == 1 or not self._blocks:
             return
-        times = later.times(in_order)
+        times = later.times(self._blocks)
         if times:
             self._seen_times.append(times)
-        seen = (self._seen_times[-priority.STEPS :], later.needed(in_order))
+        seen = (self._seen_times[-priority.STEPS :], later.needed(self._blocks))
         everyones = all_gather(self.engine.control, seen, label="order of blocks")
         if min(len(steps) for steps, _ in everyones) < priority.STEPS:
             return
@@ -480,7 +480,7 @@ class Exchange:
         needed = next((order for _, order in everyones if order), None)
         if needed is None:  # no forward came through the wrapper
             return
-        for block in in_order:  # the plan's scratch is in use
+        for block in self._blocks:  # the plan's scratch is in use
             self._wait(block)
         measured = [steps for steps, _ in everyones]
         self.send_in(priority.agreed_order(measured, needed, self.reducer.part_counts))
@@ -492,8 +492,12 @@ class Exchange:
 
         With no block on the wire. Parts of one block come in their own order.
         """
+        self.reducer.plan([b.slab for b in self.blocks], self.reducer.ways, order)
+        self._take_order(order)
+
+    def _take_order(self, order: Sequence[Parts]) -> None:
         self.wire_order = list(order)
-        self.reducer.plan([b.slab for b in self.blocks], self.reducer.ways, self.wire_order)
+        self._by_last_part = [self.blocks[n] for n in priority.by_last_part(order)]
 
     def _release_ready(self) -> None:
         """Release every block from the next one on that is complete, in order."""
