@@ -38,6 +38,7 @@ from hpctrain.data.generators import seed_generators
 from hpctrain.errors import ExchangeError, JobError, MismatchError
 from hpctrain.grad.overlap import ExchangeConfig
 from hpctrain.train.checkpoint import CheckpointConfig
+from hpctrain.train.inject import InjectConfig
 from hpctrain.train.loop import Trainer
 from hpctrain.train.optimizer import ScheduleConfig, check_optimizer
 from hpctrain.train.run_folder import RunConfig
@@ -69,6 +70,7 @@ class Job:
     exchange: ExchangeConfig = ExchangeConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     run: RunConfig = RunConfig()
+    inject: InjectConfig = InjectConfig()
 
     @property
     def settings(self) -> Settings:
@@ -91,7 +93,7 @@ class LoadedJob:
     def fingerprint(self) -> str:
         """Equal for jobs that may continue each other's runs: same values, same module."""
         values = dataclasses.asdict(self.job)
-        del values["run"], values["checkpoint"]
+        del values["run"], values["checkpoint"], values["inject"]
         source = Path(inspect.getfile(self.module)).read_bytes()
         text = json.dumps(values, sort_keys=True, default=str).encode()
         return hashlib.sha256(text + source).hexdigest()[:16]
@@ -316,6 +318,8 @@ def _check_together(job: Job, mistakes: list[str]) -> None:
             mistakes.append("train.clip_norm: not with exchange.next_forward = true")
         if job.train.nonfinite == "skip":
             mistakes.append("train.nonfinite: 'skip' is not possible with exchange.next_forward")
+    if job.inject.step is not None and job.inject.step > job.train.steps:
+        mistakes.append(f"inject.step: got {job.inject.step}; the run has {job.train.steps} steps")
 
 
 def _accepted(target: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,13 @@ from typing import Any, NamedTuple
 from hpctrain.config import rules_text
 
 HEADINGS = ("key", "type", "default", "allowed", "meaning")
-_KINDS = {int: "integer", float: "number", bool: "boolean", str: "string"}
+_KINDS: dict[object, str] = {
+    int: "integer",
+    float: "number",
+    bool: "boolean",
+    str: "string",
+    list[int]: "integers",
+}
 
 
 class Key(NamedTuple):

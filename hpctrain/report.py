@@ -17,7 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpctrain import trace
+from hpctrain import report_coded, straggling, trace
 from hpctrain.errors import HpctrainError, UnfitError
 from hpctrain.records import (
     RATES,
@@ -46,6 +46,8 @@ COLORS = {
 WIRE_COLORS = ("#ccbb44", "#aa9922")
 STEP_PHASES = ("data", "forward", "backward", "optimizer")
 SHOWN_STEPS = 3
+THREADS = {trace.COMPUTE: 0, trace.WIRE: 100, trace.DATA_BLOCKS: 200, trace.CODED: 300}
+"""Where the threads of each track begin, in timeline.json."""
 
 
 def write(run: Path, required: bool = False) -> str:
@@ -132,7 +134,7 @@ def _name(kind: str, rank: int, thread: int, name: str) -> dict[str, Any]:
 
 
 def _thread(track: str, lane: int) -> int:
-    return lane if track == trace.COMPUTE else 100 + lane
+    return THREADS.get(track, 400) + lane
 
 
 def assign_lanes(spans: Sequence[Span]) -> list[tuple[str, int]]:
@@ -167,12 +169,12 @@ def exposed_share(spans: Iterable[Span]) -> dict[int, float]:
 
 
 def whole_steps(spans: Sequence[Span]) -> list[int]:
-    """The steps that were traced on every rank."""
+    """The steps that were traced on every rank, but for those that died in their first one."""
     steps: dict[int, set[int]] = {}
     for span in spans:
         if span["name"] == "optimizer" and "step" in span:
             steps.setdefault(span["step"], set()).add(span["rank"])
-    ranks = {span["rank"] for span in spans}
+    ranks = {rank for seen in steps.values() for rank in seen}
     return sorted(step for step, seen in steps.items() if seen == ranks)
 
 
@@ -241,7 +243,7 @@ def draw_timeline(axes: Axes, spans: Sequence[Span]) -> None:
     """Compute and communication of all ranks, one pair of rows a rank."""
     zero_s = min((s["start_s"] for s in spans), default=0.0)
     lanes = assign_lanes(spans)
-    depth = 1 + max((lane for track, lane in lanes if track != trace.COMPUTE), default=0)
+    depth = 1 + max((lane for track, lane in lanes if track == trace.WIRE), default=0)
     ranks = sorted({s["rank"] for s in spans})
     for span, (track, lane) in zip(spans, lanes, strict=True):
         base = ranks.index(span["rank"])
@@ -254,7 +256,7 @@ def draw_timeline(axes: Axes, spans: Sequence[Span]) -> None:
                 axes.broken_barh(
                     [(begin_ms, length_ms)], (base + 0.05, 0.4), color=COLORS[span["name"]]
                 )
-        elif span["name"].startswith(("block", "buffers")):
+        elif track == trace.WIRE and span["name"].startswith(("block", "buffers")):
             row = (base + 0.48 + 0.42 * lane / depth, 0.42 / depth * 0.9)
             axes.broken_barh([(begin_ms, length_ms)], row, color=WIRE_COLORS[lane % 2])
     axes.set_yticks(
@@ -308,6 +310,8 @@ def _page(
         parts.append(_image(timeline_figure(steps), "timeline"))
     else:
         parts.append("<p>No step was traced on all ranks: no timeline.</p>")
+    if any(span["track"] == trace.CODED for span in spans):
+        parts += report_coded.section(*straggling.read_steps(spans), image=_image)
     parts.append(_job(facts))
     return _HTML.format(title=title, body="\n".join(parts))
 
@@ -404,7 +408,7 @@ _HTML = """<!doctype html>
 <style>
 body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2em auto; padding: 0 1em }}
 img {{ max-width: 100% }}
-th {{ text-align: left; padding-right: 2em; font-weight: 600 }}
+th {{ text-align: left; padding-right: 2em; font-weight: 600; vertical-align: bottom }}
 </style></head><body>
 {body}
 </body></html>

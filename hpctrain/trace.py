@@ -19,6 +19,10 @@ COMPUTE = "compute"
 """Track of what the main thread does: data, forward, backward, optimizer."""
 WIRE = "wire"
 """Track of operations in flight, from their start to their end."""
+DATA_BLOCKS = "data blocks"
+"""Track of data blocks that a rank computed, in the coded mode."""
+CODED = "coded"
+"""Track of steps as the root sees them, in the coded mode."""
 
 
 class Trace:

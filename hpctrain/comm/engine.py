@@ -29,7 +29,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from mpi4py import MPI
@@ -76,6 +76,8 @@ SPIN_S = 5e-4
 and it takes the core from the kernel, which moves what comes over a network."""
 WATCH_S = 0.05
 """Sleep of the engine's thread while it has nothing to move."""
+LISTEN_S = 1e-3
+"""Longest sleep while a mailbox is open, from which anything may come at any time."""
 SWITCH_S = 2e-4
 """Interpreter switch interval: how long a pure-Python main thread may keep the progress thread
 from its poll. The default of 5 ms would leave the wire idle between polls."""
@@ -266,6 +268,21 @@ class Channel:
             )
 
 
+class Listener(Protocol):
+    """What is polled whether or not this rank has posted anything; see comm.mailbox."""
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether messages are under way."""
+
+    @property
+    def leaving(self) -> bool:
+        """Whether messages have not left yet."""
+
+    def advance(self) -> bool:
+        """Move what can be moved; whether anything did."""
+
+
 class Engine:
     """Drives the operations of all channels of this process. Use `engine_of` to get it."""
 
@@ -275,6 +292,8 @@ class Engine:
         self.deadline_s = 300.0
         self._lock = threading.Lock()
         self._channels: list[Channel] = []
+        self._listeners: list[Listener] = []
+        self._left_behind = False
         self._made = 0
         self._wake = threading.Event()
         self._waiters = 0
@@ -320,6 +339,47 @@ class Engine:
             channel.comm.Barrier()
             self._channels.append(channel)
         return channel
+
+    def alone(self, name: str) -> Channel:
+        """Make a channel of this rank only, for what others need not take part in."""
+        with self.exclusive():
+            channel = Channel(self, MPI.COMM_SELF.Dup(), name, IN_FLIGHT_BYTES)
+            self._channels.append(channel)
+        return channel
+
+    def duplicate(self, name: str) -> MPI.Intracomm:
+        """A communicator over all ranks for a listener. Collective, as `channel` is."""
+        self.control.run(barrier, f"making of {name!r}")
+        with self.exclusive():
+            comm = self.world.comm.Dup()
+            comm.Barrier()
+        return comm
+
+    def listen(self, listener: Listener) -> None:
+        """Poll it from now on, in every progress mode by the engine's thread and whoever waits."""
+        self._listeners.append(listener)
+        self._wake.set()
+
+    def ignore(self, listener: Listener) -> None:
+        """Poll it no more."""
+        self._listeners.remove(listener)
+
+    def push(self, start: Callable[[], object]) -> None:
+        """Start sends now, if nobody else is inside MPI; else whoever is there does it soon."""
+        if self._lock.acquire(blocking=False):
+            try:
+                start()
+            finally:
+                self._lock.release()
+
+    def tolerate_deaths(self) -> None:
+        """Go on when other ranks die, where the MPI library lets survivors live."""
+        if self._watch:
+            self._watch.tolerates_deaths = True
+
+    def leave_behind(self) -> None:
+        """Some rank is dead: wait for nobody at the end of the program."""
+        self._left_behind = True
 
     def _free_abandoned(self) -> None:
         """Free the communicators of channels that no rank needs any more. Collective."""
@@ -368,32 +428,38 @@ class Engine:
             Exception: what the operation raised on this rank.
         """
         if not ticket.done:
-            self._drive_until_done(ticket)
+            self.drive(lambda: ticket.done)
         if ticket.error is not None:
             raise ticket.error
         return ticket.result
 
-    def _drive_until_done(self, ticket: Ticket) -> None:
+    def drive(self, until: Callable[[], bool], longest_s: float = POLL_S) -> None:
+        """Drive all operations and listeners until `until` says so.
+
+        Args:
+            until: looked at after each poll.
+            longest_s: longest sleep between two polls, where what is waited for may take long.
+        """
         moved_s = now_s()
         self._waiters += 1
         try:
             while True:
                 with self._lock:  # blocking, so that a thread inside MPI gets the interpreter
                     moved = self._advance()
-                if ticket.done:
+                if until():
                     return
                 if moved:
                     moved_s = self._polled_s
-                self._back_off(self._polled_s - moved_s)
+                self._back_off(self._polled_s - moved_s, longest_s)
         finally:
             self._waiters -= 1
             if self.busy and self.progress == "thread":  # what is left is the thread's again
                 self._wake.set()
 
-    def _back_off(self, idle_s: float) -> None:
+    def _back_off(self, idle_s: float, longest_s: float = POLL_S) -> None:
         """Leave the core to ranks that compute, and to the kernel."""
         if idle_s > SPIN_S:
-            time.sleep(POLL_S)
+            time.sleep(min(max(POLL_S, idle_s / POLLS_A_MOVE), longest_s))
         elif self._shares_core:
             _yield_core()
 
@@ -404,6 +470,8 @@ class Engine:
         for channel in self._channels:
             if channel.busy:
                 moved |= channel.advance()
+        for listener in self._listeners:
+            moved |= listener.advance()
         return moved
 
     def _run(self) -> None:
@@ -416,9 +484,15 @@ class Engine:
         quiet = 0
         try:
             while not self._closing:
-                if self.busy and self.progress == "thread" and not self._waiters:
+                polls = (self.busy and self.progress == "thread") or bool(self._listeners)
+                if polls and not self._waiters:
                     # Where something has just moved, more is about to.
-                    _yield_core() if quiet < QUIET_POLLS else time.sleep(pace.pause_s)
+                    if quiet < QUIET_POLLS:
+                        _yield_core()
+                    elif self.busy or any(listener.in_flight for listener in self._listeners):
+                        time.sleep(pace.pause_s)
+                    else:
+                        time.sleep(LISTEN_S)
                 else:
                     pace.interrupt()
                     self._wake.wait(WATCH_S)
@@ -428,7 +502,7 @@ class Engine:
                 with self._lock:
                     if MPI.Is_finalized():  # by the program itself
                         return
-                    if self.progress == "thread" and not self._waiters:
+                    if polls and not self._waiters:
                         if self._advance():
                             quiet = 0
                             pace.moved(self._polled_s)
@@ -470,15 +544,18 @@ class Engine:
         assert self._watch is not None
         self._watch.leave()
         polled = now_s()
-        while self.busy:  # MPI must not end with messages on the wire
+        # MPI must not end with messages on the wire.
+        while self.busy or any(listener.leaving for listener in self._listeners):
             with self._lock:
                 self._advance()
             self._back_off(now_s() - polled)
-        self.control.run(barrier, "the end of the program")
+        if not self._left_behind:
+            self.control.run(barrier, "the end of the program")
         self._closing = True
         self._wake.set()
         self._thread.join()
-        self._watch.close()
+        if not self._left_behind:
+            self._watch.close()
 
 
 class _Pace:

@@ -37,6 +37,8 @@ LEFT_S = 2.0
 SELF_HELP_S = 4.0
 """How long after its deadline a rank waits for the watchers to speak before it ends the run."""
 
+FAILED = tuple(getattr(MPI, name, -1) for name in ("ERR_PROC_FAILED", "ERR_PROC_FAILED_PENDING"))
+"""Error classes by which an MPI library with ULFM tells that a rank is dead."""
 _MAIL_BYTES = 65_536
 _LIBRARIES = tuple(
     str(Path(file).parents[level]) + os.sep
@@ -84,6 +86,7 @@ class Watch:
         self._comm = comm
         self._pending = pending
         self._posted = posted
+        self.tolerates_deaths = False
         self._left = False
         self._said_goodbye = False
         self._gone: list[Mapping[str, int]] = []
@@ -204,7 +207,7 @@ class Watch:
 
     def _read_mail(self) -> Iterable[tuple[str, dict[str, Any]]]:
         status = MPI.Status()
-        while self._inbox.Test(status):
+        while self._has_mail(status):
             body = json.loads(bytes(self._mail[: status.Get_count(MPI.BYTE)]))
             kind = body.pop("kind")
             if kind != "bye":
@@ -212,6 +215,15 @@ class Watch:
             yield kind, body
             if kind == "bye":
                 return
+
+    def _has_mail(self, status: MPI.Status) -> bool:
+        try:
+            return self._inbox.Test(status)
+        except MPI.Exception as error:
+            if not self.tolerates_deaths or error.Get_error_class() not in FAILED:
+                raise
+            failed_ranks(self._comm)  # acknowledged, so that mail of others comes again
+            return False
 
 
 class _Inquiry:
@@ -272,6 +284,17 @@ def describe(pending: Pending, answers: Mapping[int, Status], names: list[str]) 
         lines.append("  all ranks are in it: the network or the MPI library does not move it")
         lines += [f"    {names[rank]}: {answers[rank].position}" for rank in there]
     return "\n".join(lines)
+
+
+def failed_ranks(comm: MPI.Intracomm) -> list[int]:
+    """Ranks of `comm` that are dead as far as the MPI library knows; from now on acknowledged."""
+    failed = comm.Get_failed()
+    comm.Ack_failed(failed.Get_size())
+    mine = comm.Get_group()
+    ranks = MPI.Group.Translate_ranks(failed, list(range(failed.Get_size())), mine)
+    mine.Free()
+    failed.Free()
+    return [int(rank) for rank in ranks]
 
 
 def main_thread_place() -> str:

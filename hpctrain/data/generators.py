@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -54,6 +55,20 @@ def restore_generators(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
+
+
+@contextmanager
+def drawn_from(*key: int) -> Iterator[None]:
+    """Have what draws inside a `with` block draw the same for the same key, on any rank.
+
+    Those of the program, also of CUDA devices, go on afterwards where they were.
+    """
+    before = generator_state()
+    seed_generators(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+    try:
+        yield
+    finally:
+        restore_generators(before)
 
 
 class OwnGenerators:

@@ -74,7 +74,7 @@ class Block:
         if dtype.is_complex:
             elements = torch.view_as_complex(elements.view(-1, 2))
         self.views = tuple(
-            _view_like(elements[start : start + parameter.numel()], parameter)
+            view_like(elements[start : start + parameter.numel()], parameter)
             for start, parameter in zip(offsets, parameters, strict=True)
         )
         self.gradients = elements[:payload]
@@ -327,7 +327,7 @@ def partition(
     return [members for _, members in sorted(closed)]
 
 
-def _view_like(elements: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
+def view_like(elements: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
     """The elements in the parameter's shape, and in its memory layout if that has no gaps."""
     if is_dense(parameter.shape, parameter.stride()):
         return elements.as_strided(parameter.shape, parameter.stride(), elements.storage_offset())

@@ -26,6 +26,7 @@ from hpctrain.train import checkpoint, resume
 from hpctrain.train.checks import check_same_data, loss_mistake
 from hpctrain.train.console import Console, Progress, RankLog
 from hpctrain.train.device import device_of, moved
+from hpctrain.train.inject import Injection
 from hpctrain.train.interrupt import told_when_interrupted
 from hpctrain.train.metrics import Metrics, StepFigures
 from hpctrain.train.optimizer import build_optimizer
@@ -73,6 +74,8 @@ class Trainer:
         train = settings.train
         self.device = device_of(world, train.device)
         parts.model.to(self.device)
+        self.injection = Injection(settings.inject, world.rank, world.size, clock=self._own_s)
+        self.injection.follow(parts.model.parameters())
         if settings.exchange.deterministic:
             torch.use_deterministic_algorithms(True)
         check_same_data(self.control, world, parts.train_data, "training")
@@ -115,6 +118,7 @@ class Trainer:
             self._log.close()
             raise
         self._started_at = self.step_number
+        self.injection.strikes = self._started_at == 0
         self._loss_checked = False
         self._read_back = True
         self._pending: list[StepFigures] = []
@@ -162,23 +166,26 @@ class Trainer:
     def step(self) -> None:
         """One optimizer step on one global batch."""
         begun_s = now_s()
-        self.world.position.step = self.step_number + 1
+        self.world.position.step = step = self.step_number + 1
         share = self.batches.share(self.step_number)
         if not share.sizes and not self._loss_checked:
             self._check_loss(None)
         loss = torch.zeros(())
-        sizes = iter(share.sizes)
+        sizes = enumerate(share.sizes)
 
         def backward(subset: Any) -> None:
             nonlocal loss
             # Every rank's gradient is divided by the number of ranks: undo that, and weight
             # each sample equally, however many of them a rank has.
-            weight = next(sizes) / share.total
+            place, size = next(sizes)
+            weight = size / share.total
             with self._phase("forward"):
-                value = self.parts.loss(self.model, subset)
+                with self.injection.slowed(step):
+                    value = self.parts.loss(self.model, subset)
                 self._check_loss(loss_mistake(self.parts.loss, value))
                 part = value * weight
-            with self._phase("backward"):
+            with self._phase("backward"), self.injection.slowed_backward(step):
+                self.injection.strike(step, place, len(share.sizes))
                 (part * self.world.size).backward()
             loss = loss + part.detach()
 
@@ -408,6 +415,8 @@ class Trainer:
             f"{parameters:,} parameters, {world.size} rank(s) on {len(world.nodes)} node(s), "
             f"{world.library}; run folder {self.run_folder.path}"
         )
+        if self.injection.text:
+            self.console.say(self.injection.text)
 
     def _farewell(self) -> str:
         """What an interrupted user should know."""
@@ -432,6 +441,13 @@ class Trainer:
             "threads": torch.get_num_threads(),
             "resumed_at": self.step_number,
         }
+
+    def _own_s(self) -> float:
+        """A clock of what this rank does itself: it stands still while it waits for blocks."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        later = self.model.exchange.later
+        return now_s() - (later.waited_s if later else 0.0)
 
     def _session_steps(self) -> int:
         return self.step_number - self._started_at

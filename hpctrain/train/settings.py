@@ -14,6 +14,7 @@ from hpctrain.data.batches import Collate, MapStyle
 from hpctrain.grad.overlap import ExchangeConfig
 from hpctrain.train.checkpoint import CheckpointConfig
 from hpctrain.train.device import DEVICES
+from hpctrain.train.inject import InjectConfig
 from hpctrain.train.optimizer import ScheduleConfig
 from hpctrain.train.run_folder import RunConfig
 
@@ -79,3 +80,4 @@ class Settings:
     checkpoint: CheckpointConfig
     run: RunConfig
     seed: int
+    inject: InjectConfig = InjectConfig()

@@ -1,0 +1,201 @@
+"""Messages that nobody has announced: sent when there is something to say, received as they come.
+
+For modes in which no rank waits for another. Every message is received as soon as it comes,
+wanted or not, so that no send is left without its receive and none has to be cancelled. Who gets it
+finds out what it is. Messages of one sender may be handed over in another order than they were sent
+in when they differ in size.
+
+Where the MPI library tells that a rank has died (ULFM), the mailbox passes it on and goes on with
+the others; without, a dead rank is one that is silent.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Protocol
+
+from mpi4py import MPI
+
+from hpctrain.comm.engine import Engine
+from hpctrain.comm.watch import FAILED, failed_ranks
+from hpctrain.trace import now_s
+
+AT_ONCE = 32
+"""Messages that are taken in by one poll, so that sends do not wait behind a flood."""
+
+
+class Letter(Protocol):
+    """A message in host memory."""
+
+    mpi: MPI.buffer
+
+
+class Postman(Protocol):
+    """What a mailbox asks of who uses it. Called by one thread at a time, inside the engine."""
+
+    def room(self, nbytes: int) -> Letter:
+        """Memory for a message that has come."""
+
+    def came(self, source: int, letter: Letter) -> None:
+        """A message is there."""
+
+    def sent(self, letter: Letter) -> None:
+        """A message has left: its memory is not needed for it any more."""
+
+    def died(self, rank: int) -> None:
+        """The MPI library says that a rank is dead."""
+
+    def tick(self, now: float) -> None:
+        """Called at each poll."""
+
+
+_Entry = tuple[MPI.Request, int, Letter]
+
+
+class Mailbox:
+    """Sends and receives messages of any size, on a communicator of its own.
+
+    Construction is collective; everything else is this rank's own.
+
+    Args:
+        engine: polls it.
+        postman: receives.
+    """
+
+    def __init__(self, engine: Engine, postman: Postman) -> None:
+        self._engine = engine
+        self._postman = postman
+        self._comm = engine.duplicate("mailbox")
+        self.rank = engine.world.rank
+        self._outbox: deque[tuple[int, Letter]] = deque()
+        self._to_self: deque[Letter] = deque()
+        self._sending: list[_Entry] = []
+        self._receiving: list[_Entry] = []
+        self._status = MPI.Status()
+        self.dead: set[int] = set()
+        self.sent_s: dict[int, float] = {}
+        """When this rank last sent something to each rank."""
+
+    def open(self) -> None:
+        """Send and receive from now on."""
+        self._engine.listen(self)
+
+    def send(self, rank: int, letter: Letter) -> None:
+        """Send, also to oneself, where the very same memory arrives. Any thread; returns at once.
+
+        The memory must not change until the postman hears that it was sent; to oneself it belongs
+        to the receiver.
+        """
+        if rank == self.rank:
+            self._to_self.append(letter)
+        else:
+            self._outbox.append((rank, letter))
+        self._engine.push(self._start_sends)
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether messages are under way that this rank knows of."""
+        return bool(self._outbox or self._to_self or self._sending or self._receiving)
+
+    @property
+    def leaving(self) -> bool:
+        """Whether messages of this rank have not left yet, but for those to dead ranks."""
+        return bool(self._outbox or self._sending)
+
+    def advance(self) -> bool:
+        """Send, receive and hand over what can be; whether anything moved. For the engine."""
+        self._postman.tick(now_s())
+        moved = self._start_sends()
+        moved |= self._take_in()
+        moved |= self._finish_receives()
+        moved |= self._finish_sends()
+        while self._to_self:
+            self._postman.came(self.rank, self._to_self.popleft())
+            moved = True
+        return moved
+
+    def _start_sends(self) -> bool:
+        moved = False
+        while self._outbox:
+            rank, letter = self._outbox.popleft()
+            moved = True
+            if rank in self.dead:
+                self._postman.sent(letter)
+                continue
+            self.sent_s[rank] = now_s()
+            try:
+                request = self._comm.Isend([letter.mpi, MPI.BYTE], rank)
+            except MPI.Exception as error:
+                self._failed(error)
+                continue
+            self._sending.append((request, rank, letter))
+        return moved
+
+    def _take_in(self) -> bool:
+        taken = 0
+        while taken < AT_ONCE:
+            try:
+                message = self._comm.Improbe(MPI.ANY_SOURCE, MPI.ANY_TAG, self._status)
+            except MPI.Exception as error:
+                self._failed(error)
+                continue
+            if message is None:
+                break
+            taken += 1
+            letter = self._postman.room(self._status.Get_count(MPI.BYTE))
+            source = self._status.Get_source()
+            self._receiving.append((message.Irecv([letter.mpi, MPI.BYTE]), source, letter))
+        return taken > 0
+
+    def _finish_receives(self) -> bool:
+        if not self._receiving:
+            return False
+        came: list[_Entry] = []
+        under_way: list[_Entry] = []
+        for entry in self._receiving:
+            done = self._test(entry[0], entry[1])
+            if done is None:
+                continue  # its sender died while it was coming; the memory may still be written to
+            (came if done else under_way).append(entry)
+        self._receiving = under_way
+        for _, source, letter in came:
+            self._postman.came(source, letter)
+        return bool(came)
+
+    def _finish_sends(self) -> bool:
+        if not self._sending:
+            return False
+        left: list[_Entry] = []
+        under_way: list[_Entry] = []
+        for entry in self._sending:
+            done = self._test(entry[0], entry[1])
+            if done is None:
+                continue
+            (left if done else under_way).append(entry)
+        self._sending = under_way
+        for _, _, letter in left:
+            self._postman.sent(letter)
+        return bool(left)
+
+    def _test(self, request: MPI.Request, rank: int) -> bool | None:
+        """Whether a request is complete; None if it never will be."""
+        try:
+            if request.Test():
+                return True
+        except MPI.Exception as error:
+            self._failed(error)
+            return None
+        return None if rank in self.dead else False
+
+    def _failed(self, error: MPI.Exception) -> None:
+        """A rank has died: find out which.
+
+        Raises:
+            MPI.Exception: the error is another one.
+        """
+        if error.Get_error_class() not in FAILED:
+            raise error
+        for rank in failed_ranks(self._comm):
+            if rank not in self.dead:
+                self.dead.add(rank)
+                self._postman.died(rank)

@@ -1,0 +1,1 @@
+"""Coded block redundancy: exact gradients from any complete set of data blocks."""

@@ -1,0 +1,172 @@
+"""The root's side of sums: takes cells as they come, and sends each sum out as soon as it is whole.
+
+Sums are kept for one round after theirs, for a rank that comes late; a rank that comes later still
+is given a state instead. So a root holds buffers of two rounds, and those that are on their way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from hpctrain.grad.coded.cells import Buffer, Kind, Pool
+from hpctrain.grad.coded.sums import Node, Sum, tree_of
+from hpctrain.grad.coded.worker import Column, Post
+
+KEPT = 64
+"""Rounds whose tally is kept until somebody takes it out."""
+
+
+@dataclass
+class Tally:
+    """What came to a root in a round."""
+
+    nbytes: int = 0
+    sources: dict[int, int] = field(default_factory=dict)
+    """The rank whose cell of a data block was used, by data block, in the first of its columns."""
+    dropped: int = 0
+    """Cells that were there already."""
+
+
+@dataclass
+class _RoundSums:
+    round: int
+    sums: dict[int, Sum[Buffer]]
+    tally: Tally
+    totals: dict[int, Buffer] = field(default_factory=dict)
+
+
+class Aggregator:
+    """Sums up the model blocks that are this rank's. Pure but for `post`.
+
+    Args:
+        rank: this rank.
+        post: sends.
+        pool: of buffers.
+        blocks: data blocks of a round.
+    """
+
+    def __init__(self, rank: int, post: Post, pool: Pool, blocks: int) -> None:
+        self._rank = rank
+        self._post = post
+        self._pool = pool
+        self._blocks = blocks
+        self._columns: Sequence[Column] = ()
+        self._mine: list[int] = []
+        self._now: _RoundSums | None = None
+        self._before: _RoundSums | None = None
+        self._joined: dict[int, int] = {}
+        """The round that each rank has begun last."""
+        self._waiting: list[tuple[int, Buffer]] = []
+        self.tallies: dict[int, Tally] = {}
+        """By round; who reads one takes it out."""
+        self.late = 0
+        """Cells of rounds that are over."""
+
+    def lay_out(self, columns: Sequence[Column]) -> None:
+        """Learn the columns. Cells that came before are taken in now."""
+        self._columns = columns
+        self._mine = [n for n, column in enumerate(columns) if column.root == self._rank]
+        waiting, self._waiting = self._waiting, []
+        for source, buffer in waiting:
+            self.receive(source, buffer)
+
+    def receive(self, source: int, buffer: Buffer) -> None:
+        """Take in a cell."""
+        if not self._columns:
+            self._waiting.append((source, buffer))
+            return
+        sums = self._sums_of(buffer.round)
+        if sums is None or buffer.column in sums.totals:
+            self.late += sums is None
+            if sums:
+                sums.tally.dropped += 1
+                sums.tally.nbytes += buffer.payload.numel()
+            self._pool.drop(buffer)
+            return
+        column, node = buffer.column, Node(buffer.lo, buffer.hi)
+        sums.tally.nbytes += buffer.payload.numel()
+        sum_ = sums.sums[column]
+        if not sum_.put(node, buffer):
+            sums.tally.dropped += 1
+        elif column == self._mine[0]:
+            for block in range(*node):
+                sums.tally.sources.setdefault(block, source)
+        if sum_.total is not None:
+            sums.totals[column] = sum_.nodes.popitem()[1]
+            self._announce(sums, column)
+
+    def joined(self, rank: int, round_: int) -> None:
+        """A rank has begun a round: it takes results of that round from now on."""
+        self._joined[rank] = round_
+        for sums in (self._now, self._before):
+            if sums and sums.round == round_:
+                if rank == self._rank:  # the others have waited for this rank
+                    for column in sums.totals:
+                        self._announce(sums, column)
+                elif self._joined.get(self._rank) == round_:
+                    for column in sums.totals:
+                        self._send(rank, sums, column)
+
+    def holds(self, round_: int) -> bool:
+        """Whether sums of the round are still there, to be sent to a rank that joins it."""
+        return any(sums and sums.round == round_ for sums in (self._now, self._before))
+
+    def _sums_of(self, round_: int) -> _RoundSums | None:
+        """The sums of a round that is not over; None if it is."""
+        if self._now is None or round_ > self._now.round:
+            if self._before:
+                for total in self._before.totals.values():
+                    self._pool.drop(total)
+            if self._now:
+                for sum_ in self._now.sums.values():
+                    sum_.clear()
+            self._before = self._now
+            tree = tree_of(self._blocks)
+            drop = self._pool.drop
+            self._now = _RoundSums(
+                round_, {n: Sum(tree, self._columns[n].add, drop) for n in self._mine}, Tally()
+            )
+            self.tallies[round_] = self._now.tally
+            self.tallies.pop(round_ - KEPT, None)
+        return self._now if round_ == self._now.round else None
+
+    def _announce(self, sums: _RoundSums, column: int) -> None:
+        """Send a sum to all that have begun its round, once this rank has begun it too.
+
+        So no rank can be two rounds ahead of a root, which could not keep up with what it holds.
+        """
+        if self._joined.get(self._rank) == sums.round:
+            for rank, round_ in self._joined.items():
+                if round_ == sums.round:
+                    self._send(rank, sums, column)
+
+    def _send(self, rank: int, sums: _RoundSums, column: int) -> None:
+        total = sums.totals[column]
+        if rank == self._rank:  # which may change its gradients while others still read theirs
+            copy = self._pool.take(total.payload.numel())
+            copy.whole.copy_(total.whole)
+            self._post(rank, copy.write(Kind.RESULT, sums.round, column, loss=total.loss))
+            return
+        if total.kind is not Kind.RESULT:
+            total.write(Kind.RESULT, sums.round, column, loss=total.loss)
+        self._pool.hold(total)
+        self._post(rank, total)
+
+
+class Figures:
+    """Figures of an evaluation, one set a data block, added up in the order of data blocks."""
+
+    def __init__(self, blocks: int) -> None:
+        self._blocks = blocks
+        self._of: dict[int, bytes] = {}
+
+    def put(self, block: int, figures: bytes) -> None:
+        """Take in what a data block gave."""
+        self._of.setdefault(block, figures)
+
+    def whole(self) -> list[bytes] | None:
+        """Those of all data blocks, once they are there."""
+        if len(self._of) < self._blocks:
+            return None
+        return [self._of[block] for block in range(self._blocks)]

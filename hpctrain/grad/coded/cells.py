@@ -1,0 +1,200 @@
+"""Messages of the coded mode: a header of eight numbers and, behind it, vectors of gradients.
+
+A *cell* is the gradient of one model block on some data blocks. Its header says of which round,
+model block and data blocks it is, so that a late one is known for what it is and dropped. Buffers
+are used again, but only when nobody holds them any more.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+import torch
+
+from hpctrain.comm.memory import buffer_of
+
+HEADER_BYTES = 64
+
+
+class Kind(IntEnum):
+    """What a message says."""
+
+    JOIN = 1
+    """A rank begins a round and is ready for its results. lo: data blocks of the round."""
+    CELL = 2
+    """A sum of gradients of model block `column` over data blocks lo to hi - 1."""
+    DONE = 3
+    """A worker has computed data block lo; behind it, figures of an evaluation."""
+    RESULT = 4
+    """The sum of model block `column` over all data blocks."""
+    HELP = 5
+    """The worker is to compute data block lo as well."""
+    TAKEN = 6
+    """Another worker computes data block lo as well: do not begin it, do not hold sums back."""
+    DROP = 7
+    """Data block lo is there: give it up."""
+    OWN = 8
+    """Behind it, the data blocks that the worker is to compute from round `round` on."""
+    ORDER = 9
+    """Behind it, the order in which a backward finished gradients."""
+    LAYOUT = 10
+    """Behind it, the order on which all agree."""
+    STATE = 11
+    """Behind it, the state from which a rank that fell behind goes on in round `round`."""
+    OVER = 12
+    """An evaluation is complete; behind it, its figures."""
+    END = 13
+    """The run is over; behind it, the ranks that are dead."""
+    BEAT = 14
+    """The sender lives."""
+    LOST = 15
+    """The run cannot go on; behind it, why."""
+
+
+class Buffer:
+    """A message: header and payload in one piece of host memory.
+
+    Attributes:
+        whole: all bytes.
+        payload: the bytes behind the header.
+        holders: how many still need it; see `Pool`.
+        cached: what others keep with the memory, such as views of it.
+    """
+
+    __slots__ = ("_floats", "_words", "cached", "holders", "mpi", "payload", "whole")
+
+    def __init__(self, whole: torch.Tensor) -> None:
+        self.whole = whole
+        self.payload = whole[HEADER_BYTES:]
+        self._words = whole[:HEADER_BYTES].view(torch.int64).numpy()
+        self._floats = self._words.view(np.float64)
+        self.mpi = buffer_of(whole)
+        self.holders = 1
+        self.cached: dict[Any, Any] = {}
+
+    def write(
+        self, kind: Kind, round_: int, column: int = 0, lo: int = 0, hi: int = 0, loss: float = 0.0
+    ) -> Buffer:
+        """Set the header."""
+        self._words[:5] = kind, round_, column, lo, hi
+        self._floats[5] = loss
+        return self
+
+    @property
+    def kind(self) -> Kind:
+        """What the message says."""
+        return Kind(int(self._words[0]))
+
+    @property
+    def round(self) -> int:
+        """The round that it belongs to."""
+        return int(self._words[1])
+
+    @property
+    def column(self) -> int:
+        """The model block that it is about."""
+        return int(self._words[2])
+
+    @property
+    def lo(self) -> int:
+        """The first data block that it is about."""
+        return int(self._words[3])
+
+    @property
+    def hi(self) -> int:
+        """The data block after the last one."""
+        return int(self._words[4])
+
+    @property
+    def loss(self) -> float:
+        """Sum of the losses of its data blocks."""
+        return float(self._floats[5])
+
+    @loss.setter
+    def loss(self, value: float) -> None:
+        self._floats[5] = value
+
+    def numbers(self, dtype: torch.dtype) -> torch.Tensor:
+        """The payload as elements of `dtype`."""
+        if dtype not in self.cached:
+            self.cached[dtype] = self.payload.view(dtype)
+        found: torch.Tensor = self.cached[dtype]
+        return found
+
+
+class Pool:
+    """Buffers that are used again, by size. For any thread.
+
+    Args:
+        allocate: makes host memory of so many bytes; pinned for gradients on a device.
+    """
+
+    def __init__(self, allocate: Callable[[int], torch.Tensor] | None = None) -> None:
+        self._allocate = allocate or (lambda nbytes: torch.empty(nbytes, dtype=torch.uint8))
+        self._free: dict[int, list[Buffer]] = defaultdict(list)
+        self._lock = threading.Lock()
+        self.made_bytes = 0
+
+    def take(self, payload_bytes: int) -> Buffer:
+        """A buffer of undefined content, held once."""
+        with self._lock:
+            free = self._free[payload_bytes]
+            if free:
+                buffer = free.pop()
+                buffer.holders = 1
+                return buffer
+            self.made_bytes += HEADER_BYTES + payload_bytes
+        return Buffer(self._allocate(HEADER_BYTES + payload_bytes))
+
+    def message(
+        self, kind: Kind, round_: int, lo: int = 0, hi: int = 0, column: int = 0, data: bytes = b""
+    ) -> Buffer:
+        """A message with `data` behind its header."""
+        buffer = self.take(len(data)).write(kind, round_, column, lo, hi)
+        if data:
+            buffer.payload.numpy()[:] = np.frombuffer(data, np.uint8)
+        return buffer
+
+    def drop(self, buffer: Buffer) -> None:
+        """One holder needs it no more."""
+        with self._lock:
+            buffer.holders -= 1
+            assert buffer.holders >= 0
+            if buffer.holders == 0:
+                self._free[buffer.payload.numel()].append(buffer)
+
+    def hold(self, buffer: Buffer, times: int = 1) -> None:
+        """So many more need it."""
+        with self._lock:
+            buffer.holders += times
+
+
+def content(buffer: Buffer) -> bytes:
+    """What is behind the header of a message."""
+    return buffer.payload.numpy().tobytes()
+
+
+def add_cells(dtype: torch.dtype) -> Callable[[Buffer, Buffer], None]:
+    """Adds the second cell to the first."""
+
+    def add(left: Buffer, right: Buffer) -> None:
+        left.numbers(dtype).add_(right.numbers(dtype))
+        left.loss += right.loss
+
+    return add
+
+
+def balanced(sizes: Sequence[int], parts: int) -> list[int]:
+    """Deal things out so that parts have nearly the same size: the part of each, largest first."""
+    filled = [0] * parts
+    part_of = [0] * len(sizes)
+    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        part = filled.index(min(filled))
+        part_of[index] = part
+        filled[part] += sizes[index]
+    return part_of

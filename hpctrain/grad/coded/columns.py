@@ -1,0 +1,195 @@
+"""Model blocks as columns: how gradients get into cells, and sums back into `grad`.
+
+A cell of a model block holds the gradients of its parameters and, behind them, one flag each: 1
+where the data block used the parameter, so that one that no data block used keeps `grad` None.
+16-bit gradients travel, and are summed, as float32. What a forward changes in the model's buffers,
+such as batch-norm statistics, travels in columns of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from hpctrain.comm.device import Device, Event
+from hpctrain.grad.blocks import layout, slab_size, usable, view_like
+from hpctrain.grad.coded.cells import Buffer, add_cells
+
+
+class GradientColumn:
+    """A model block: parameters whose gradients are summed together.
+
+    Args:
+        index: of the column.
+        members: indices of the parameters.
+        names: what messages call them.
+        parameters: themselves.
+        root: the rank that sums.
+        device: where gradients are, if not on the host.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        members: Sequence[int],
+        names: Sequence[str],
+        parameters: Sequence[nn.Parameter],
+        root: int,
+        device: Device | None = None,
+    ) -> None:
+        self.index = index
+        self.members = tuple(members)
+        self.names = tuple(names)
+        self.parameters = tuple(parameters)
+        self.root = root
+        self.missing = len(parameters)
+        """Parameters whose gradient backward has not finished, in the last subset of a block."""
+        self._device = device
+        count, dtype = slab_size(parameters)
+        self.dtype = torch.float32 if dtype.itemsize == 2 else dtype
+        self.nbytes = count * self.dtype.itemsize
+        self.add = add_cells(self.dtype)
+        self._there: Any = None
+        self._own_views: dict[Any, Any] = {}
+        self._copied: Event | None = None
+        if device is not None:
+            self._there = torch.zeros(count, dtype=self.dtype, device=parameters[0].device)
+            device.adopt(self._there)
+
+    def pack(self, cell: Buffer) -> Event | None:
+        """Copy this rank's gradients into a cell; the end of the copy, if it is still to come.
+
+        Raises:
+            ExchangeError: a gradient is sparse, or to be differentiated again.
+        """
+        if self._device is None:
+            self._gather(self._parts(cell, cell.numbers(self.dtype)))
+            return None
+        if self._copied is not None:
+            self._device.wait(self._copied)
+        self._gather(self._parts(self, self._there))
+        there, here = self._there, cell.numbers(self.dtype)
+        ready = self._device.mark()
+        self._copied = self._device.run(
+            lambda: here.copy_(there, non_blocking=True), "out", (ready,)
+        )
+        return self._copied
+
+    def show(self, result: Buffer) -> None:
+        """Make a sum the parameters' gradients; they are views of it where dtypes allow."""
+        views, flags = self._parts(result, result.numbers(self.dtype))
+        used = (flags != 0).tolist()
+        if self._device is not None:
+            here = result.numbers(self.dtype)
+            if self._copied is not None:
+                self._device.wait(self._copied)
+            there = self._there
+            ready = self._device.mark()
+            event = self._device.run(lambda: there.copy_(here, non_blocking=True), "in", (ready,))
+            self._device.wait(event)
+            views, _ = self._parts(self, self._there)
+        for parameter, view, is_used in zip(self.parameters, views, used, strict=True):
+            parameter.grad = view.to(parameter.dtype) if is_used else None
+
+    def _gather(self, parts: tuple[Sequence[torch.Tensor], torch.Tensor]) -> None:
+        views, flags = parts
+        flags.fill_(1)
+        sources, targets = [], []
+        for place, (parameter, view) in enumerate(zip(self.parameters, views, strict=True)):
+            if parameter.grad is None:
+                view.zero_()
+                flags[place] = 0
+            else:
+                sources.append(usable(parameter.grad, self.names[place]))
+                targets.append(view)
+        if sources:
+            torch._foreach_copy_(targets, sources)
+
+    def _parts(
+        self, owner: Any, elements: torch.Tensor
+    ) -> tuple[Sequence[torch.Tensor], torch.Tensor]:
+        """Views of the elements as gradients, and the flags. Made once for each memory."""
+        cached: dict[Any, Any] = owner.cached if isinstance(owner, Buffer) else self._own_views
+        key = ("views", self.index)
+        if key not in cached:
+            parameter = self.parameters[0]
+            if parameter.is_complex():
+                elements = torch.view_as_complex(elements.view(-1, 2))
+            itemsize = elements.element_size()
+            # Offsets are those of the parameters' own dtype: as many elements in a wider one.
+            offsets, payload = layout(
+                [p.numel() for p in self.parameters], parameter.dtype.itemsize
+            )
+            assert itemsize >= parameter.dtype.itemsize
+            views = [
+                view_like(elements[start : start + p.numel()], p)
+                for start, p in zip(offsets, self.parameters, strict=True)
+            ]
+            flags = elements[payload:]
+            cached[key] = views, torch.view_as_real(flags)[:, 0] if flags.is_complex() else flags
+        found: tuple[Sequence[torch.Tensor], torch.Tensor] = cached[key]
+        return found
+
+
+class BufferColumn:
+    """Buffers of the model of one dtype: what the forwards of each data block make of them.
+
+    Floating-point ones become the mean over samples of what they were after each data block, all
+    others what they were after data block 0. Every data block begins with those of the step.
+    """
+
+    def __init__(
+        self, module: nn.Module, dtype: torch.dtype, names: Sequence[str], root: int
+    ) -> None:
+        self.index = -1
+        self.root = root
+        self._module = module
+        self._names = tuple(names)
+        self._averages = dtype.is_floating_point
+        self._dtype = torch.float64 if dtype.is_floating_point else torch.int64
+        self.add = add_cells(self._dtype)
+        self.nbytes = 8 * sum(buffer.numel() for buffer in self._buffers())
+        self._begin: list[torch.Tensor] = []
+
+    def keep(self) -> None:
+        """Remember the buffers of now, with which every data block begins."""
+        self._begin = [buffer.clone() for buffer in self._buffers()]
+
+    def restore(self) -> None:
+        """Set buffers to those that were kept."""
+        with torch.no_grad():
+            for buffer, value in zip(self._buffers(), self._begin, strict=True):
+                buffer.copy_(value)
+
+    def pack(self, cell: Buffer, block: int, weight: float) -> None:
+        """Put what the buffers are after a data block into a cell, with that block's weight."""
+        flat = torch.cat([b.flatten().to("cpu", self._dtype) for b in self._buffers()])
+        if self._averages:
+            flat.mul_(weight)
+        elif block != 0:
+            flat.zero_()
+        cell.numbers(self._dtype).copy_(flat)
+
+    def show(self, result: Buffer) -> None:
+        """Set the buffers to what all data blocks made of them together."""
+        buffers = self._buffers()
+        parts = result.numbers(self._dtype).split([buffer.numel() for buffer in buffers])
+        with torch.no_grad():
+            for buffer, part in zip(buffers, parts, strict=True):
+                buffer.copy_(part.view(buffer.shape))
+
+    def _buffers(self) -> list[torch.Tensor]:
+        named = dict(self._module.named_buffers())
+        return [named[name].detach() for name in self._names]
+
+
+def buffer_columns(module: nn.Module, root: int) -> list[BufferColumn]:
+    """The columns of the module's buffers, one a dtype; they get their index later."""
+    kinds: dict[torch.dtype, list[str]] = {}
+    for name, buffer in module.named_buffers():
+        if buffer.numel() and not buffer.is_complex():
+            kinds.setdefault(buffer.dtype, []).append(name)
+    return [BufferColumn(module, dtype, names, root) for dtype, names in kinds.items()]

@@ -1,0 +1,285 @@
+"""The first root: says who computes what, knows who lives, and who has fallen behind.
+
+It is driven by messages and by the clock alone, inside the engine, so that it answers while the
+main thread computes or writes a checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from hpctrain.grad.coded.aggregator import Figures
+from hpctrain.grad.coded.assignment import Assignment, lost, place
+from hpctrain.grad.coded.cells import Buffer, Kind, Pool, content
+from hpctrain.grad.coded.dealing import Act, Order, Owners, Paces, Round
+from hpctrain.grad.coded.worker import Post, as_blocks, as_bytes
+
+DECIDE_S = 1e-3
+"""Shortest time between two looks for workers that should be helped."""
+
+_KIND = {Act.HELP: Kind.HELP, Act.TAKEN: Kind.TAKEN, Act.DROP: Kind.DROP}
+_log = logging.getLogger("hpctrain")
+
+
+@dataclass(frozen=True)
+class Silence:
+    """How long a rank may say nothing."""
+
+    out_s: float = 1.0
+    """Then nothing is expected of it in this round."""
+    lost_s: float = 4.0
+    """Then it counts as dead, where the MPI library does not say."""
+
+
+@dataclass
+class Ended:
+    """What is known of a round that is over."""
+
+    number: int
+    begun_s: float
+    assignment: Assignment
+    done_by: dict[int, int]
+    redundant: list[tuple[int, int]]
+
+
+class Coordinator:
+    """Decides for all ranks. Pure but for `post` and `now`.
+
+    Args:
+        post: sends.
+        pool: of buffers.
+        workers: the ranks that compute, in the order of the assignment's workers.
+        ranks: number of all ranks.
+        assignment: who holds which data blocks of a training round.
+        now: the clock, in seconds.
+        silence: how long ranks may say nothing.
+        roots: ranks without which the run cannot go on.
+        relearn: whether owners change with measured speed.
+    """
+
+    def __init__(
+        self,
+        post: Post,
+        pool: Pool,
+        workers: Sequence[int],
+        ranks: int,
+        assignment: Assignment,
+        now: Callable[[], float],
+        silence: Silence,
+        roots: Sequence[int],
+        relearn: bool = True,
+    ) -> None:
+        self._post = post
+        self._pool = pool
+        self._workers = tuple(workers)
+        self._index = {rank: index for index, rank in enumerate(workers)}
+        self._ranks = ranks
+        self._now = now
+        self._silence = silence
+        self._roots = tuple(roots)
+        self._relearn = relearn
+        self._owners = Owners(assignment)
+        self._paces = {True: Paces(len(workers)), False: Paces(len(workers))}
+        self._round: Round | None = None
+        self._number = -1
+        self._trains = True
+        self._figures: Figures | None = None
+        self._over: tuple[int, bytes] | None = None
+        self._joined: dict[int, int] = {}
+        self._late: set[int] = set()
+        """Ranks that began their round when it was over."""
+        self._heard_s = dict.fromkeys(range(ranks), now())
+        self._decided_s = 0.0
+        self._order: bytes | None = None
+        self.dead: set[int] = set()
+        self.behind: set[int] = set()
+        """Ranks that have begun a round that is too old, and wait for a state to go on from."""
+        self.failure: str | None = None
+        """Why the run cannot go on."""
+        self.ended: list[Ended] = []
+        """Training rounds that are over, for whoever takes them out."""
+        self._end: bytes | None = None
+
+    # ------------------------------------------------------------------ messages
+
+    def receive(self, source: int, buffer: Buffer) -> None:
+        """Handle a message of any rank."""
+        now = self._now()
+        self._heard_s[source] = now
+        kind = buffer.kind
+        if kind is Kind.JOIN:
+            self._join(source, buffer, now)
+        elif kind is Kind.DONE and buffer.round < self._number:
+            for ended in self.ended:
+                if ended.number == buffer.round:
+                    ended.redundant.append((buffer.lo, self._index[source]))
+        elif kind is Kind.DONE:
+            assert self._round is not None
+            if self._figures:
+                self._figures.put(buffer.lo, content(buffer))
+                self._conclude()
+            self._tell(self._round.done(self._index[source], buffer.lo, now))
+            self._decide(now)
+        elif kind is Kind.ORDER and self._order is None:
+            self._order = content(buffer)
+            for rank in range(self._ranks):
+                self._say(Kind.LAYOUT, rank, data=self._order)
+        self._pool.drop(buffer)
+
+    def died(self, rank: int) -> None:
+        """The MPI library says that a rank is dead."""
+        if rank in self.dead or self._end is not None:
+            return
+        self.dead.add(rank)
+        _log.warning("rank %d is dead", rank)
+        if rank in self._roots:
+            self.failure = f"rank {rank}, which adds up gradients, is dead"
+        if rank in self._index and self._round:
+            self._round.went_out(self._index[rank], self._now())
+            self._decide(self._now())
+        self._look_for_lost()
+
+    def tick(self, now: float) -> None:
+        """Look at the clock."""
+        if now - self._decided_s < DECIDE_S or self._round is None:
+            return
+        for index, rank in enumerate(self._workers):
+            silent_s = now - self._heard_s[rank]
+            if silent_s > self._silence.out_s and index not in self._round.out:
+                _log.warning("rank %d has said nothing for %.1f s", rank, silent_s)
+                self._round.went_out(index, now)
+        self._decide(now)
+        self._look_for_lost()
+
+    # ------------------------------------------------------------------ the main thread
+
+    def end(self) -> bytes:
+        """The run is over: tell all ranks. Returns the ranks that nobody need wait for."""
+        now = self._now()
+        silent = {r for r, s in self._heard_s.items() if now - s > self._silence.out_s}
+        gone = as_bytes(sorted(self.dead | (silent & {*self._workers})))
+        self._end = gone
+        for rank in range(self._ranks):
+            if rank not in self.dead:
+                self._say(Kind.END, rank, data=gone)
+        return gone
+
+    def take_behind(self) -> list[int]:
+        """Ranks that wait for a state to go on from; they are about to be sent one."""
+        behind = sorted(self.behind - self.dead)
+        self.behind.clear()
+        return behind
+
+    @property
+    def out(self) -> list[int]:
+        """Workers of which nothing is expected, by their index."""
+        return sorted(self._round.out) if self._round else []
+
+    # ------------------------------------------------------------------ rounds
+
+    def _join(self, rank: int, buffer: Buffer, now: float) -> None:
+        round_ = buffer.round
+        if self._over and self._over[0] == round_:
+            self._say(Kind.OVER, rank, data=self._over[1])
+        if self._end is not None:
+            self._say(Kind.END, rank, data=self._end)
+            return
+        if round_ > self._number:
+            self._begin(round_, buffer.lo, trains=buffer.hi > 0, now=now)
+        self._joined[rank] = round_
+        self._late.discard(rank)
+        if round_ < self._number - 1:
+            self.behind.add(rank)
+        elif round_ < self._number:
+            self._late.add(rank)
+        if round_ == self._number and rank in self._index:
+            assert self._round is not None
+            own = as_blocks(content(buffer))
+            self._tell(self._round.joined(self._index[rank], own, now))
+
+    def _begin(self, round_: int, blocks: int, trains: bool, now: float) -> None:
+        out = sorted(self._index[r] for r in self._workers if self._is_out(r, now))
+        if self._round:
+            self._round.end(now)
+            if self._trains:
+                self.ended.append(
+                    Ended(
+                        self._number,
+                        self._round.begun_s,
+                        self._round.assignment,
+                        self._round.done_by,
+                        self._round.redundant,
+                    )
+                )
+                if self._relearn and self._owners.learn(self._paces[True], out):
+                    self._tell_owners()
+        # Whoever came late to a round may not have got all of its sums before roots forgot them.
+        self.behind |= {rank for rank in self._late if self._joined[rank] < round_ - 1}
+        self._late -= self.behind
+        self._number, self._trains = round_, trains
+        workers = len(self._workers)
+        assignment = self._owners.assignment if trains else evaluation_assignment(blocks, workers)
+        self._figures = None if trains else Figures(blocks)
+        self._round = Round(assignment, self._paces[trains], now, out)
+
+    def _tell_owners(self) -> None:
+        owners = self._owners.assignment
+        counts = [len(owners.owned(index)) for index in range(len(self._workers))]
+        _log.info("data blocks of each worker from now on: %s", " ".join(map(str, counts)))
+        for index, rank in enumerate(self._workers):
+            self._say(Kind.OWN, rank, data=as_bytes(owners.owned(index)))
+
+    def _conclude(self) -> None:
+        """Send an evaluation's figures to all who wait for them, once they are complete."""
+        assert self._figures is not None
+        parts = self._figures.whole()
+        if parts is not None and (self._over is None or self._over[0] != self._number):
+            data = b"".join(parts)
+            self._over = self._number, data
+            for rank, round_ in self._joined.items():
+                if round_ == self._number:
+                    self._say(Kind.OVER, rank, data=data)
+
+    def _is_out(self, rank: int, now: float) -> bool:
+        return rank in self.dead or now - self._heard_s[rank] > self._silence.out_s
+
+    def _look_for_lost(self) -> None:
+        if self._round is None or self.failure or self._end is not None:
+            return
+        now = self._now()
+        gone = {
+            index
+            for index, rank in enumerate(self._workers)
+            if rank in self.dead or now - self._heard_s[rank] > self._silence.lost_s
+        }
+        if not gone:
+            return
+        assignment = self._round.assignment
+        missing = [b for b in lost(assignment, gone) if b not in self._round.done_by]
+        if missing:
+            shown = ", ".join(map(str, missing[:8])) + (" ..." if missing[8:] else "")
+            who = ", ".join(str(self._workers[index]) for index in sorted(gone))
+            self.failure = (
+                f"the workers that are left hold no complete set: data blocks {shown} were held "
+                f"by dead ranks alone; dead or silent: rank {who}"
+            )
+
+    def _decide(self, now: float) -> None:
+        self._decided_s = now
+        if self._round:
+            self._tell(self._round.decide(now))
+
+    def _tell(self, orders: Sequence[Order]) -> None:
+        for order in orders:
+            self._say(_KIND[order.act], self._workers[order.worker], order.block)
+
+    def _say(self, kind: Kind, rank: int, lo: int = 0, data: bytes = b"") -> None:
+        if rank not in self.dead:
+            self._post(rank, self._pool.message(kind, self._number, lo, data=data))
+
+
+def evaluation_assignment(blocks: int, workers: int) -> Assignment:
+    """Everyone can evaluate everything."""
+    return place("cyclic", blocks, workers, workers)

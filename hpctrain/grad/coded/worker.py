@@ -1,0 +1,250 @@
+"""A worker's side: computes data blocks, sends sums of them, and takes what the root sums up.
+
+The main thread computes; messages are handled by whoever is inside the engine. What both touch is
+under one lock, which is never held while one waits for the engine.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from hpctrain.grad.coded.cells import Buffer, Kind, Pool, content
+from hpctrain.grad.coded.sums import Node, Sum, tree_of
+from hpctrain.trace import now_s
+
+Post = Callable[[int, Buffer], None]
+"""Sends a message to a rank, which takes it over."""
+
+
+class Column(Protocol):
+    """A model block, as far as sums know it."""
+
+    root: int
+    """The rank that sums it up."""
+
+    @property
+    def nbytes(self) -> int:
+        """Size of its vectors."""
+
+    def add(self, left: Buffer, right: Buffer) -> None:
+        """Add the second cell to the first."""
+
+
+@dataclass
+class Arrived:
+    """What has come of a round's results."""
+
+    results: dict[int, Buffer]
+    figures: bytes | None = None
+    """Figures of an evaluation."""
+    state: Buffer | None = None
+    """The state to go on from, instead of results."""
+    whole_s: float = 0.0
+    """When the last result came."""
+
+
+class Worker:
+    """What one rank computes and receives. Pure but for `post`.
+
+    A rank that computes nothing, the dedicated root, is one without data blocks.
+
+    Args:
+        post: sends.
+        pool: of buffers.
+        roots: the ranks that sum up; the first also says who computes what.
+    """
+
+    def __init__(self, post: Post, pool: Pool, roots: Sequence[int]) -> None:
+        self.lock = threading.Lock()
+        self._post = post
+        self._pool = pool
+        self._roots = tuple(roots)
+        self._columns: Sequence[Column] = ()
+        self._sums: list[Sum[Buffer]] = []
+        self._blocks = 0
+        self.round = -1
+        self.own: tuple[int, ...] = ()
+        """The data blocks that it computes unless told otherwise."""
+        self._queue: list[int] = []
+        self._expected: list[set[int]] = []
+        """By column: data blocks that it will still put into its sums."""
+        self._dropped: set[int] = set()
+        self.current: int | None = None
+        self.arrived = Arrived({})
+        self.ended: bytes | None = None
+        """The ranks that are dead, when the run is over."""
+        self._last_round = -1
+
+    # ------------------------------------------------------------------ the main thread
+
+    def begin(
+        self,
+        round_: int,
+        blocks: int,
+        columns: Sequence[Column] | None,
+        own: Sequence[int] | None = None,
+    ) -> None:
+        """Begin a round: say so to the roots, and be ready for their answers.
+
+        Args:
+            round_: its number, larger than that of the last.
+            blocks: its data blocks.
+            columns: the model blocks whose sums come back, empty if they are not laid out yet;
+                None for an evaluation.
+            own: the data blocks that this worker computes, if not those that the root dealt it.
+        """
+        with self.lock:
+            for buffer in self.arrived.results.values():
+                self._pool.drop(buffer)
+            self.arrived = Arrived({})
+            self.round, self._blocks = round_, blocks
+            mine = tuple(self.own if own is None else own)
+            self._queue = list(mine)
+            self._dropped.clear()
+            self.current = None
+            self._take_columns(columns or (), mine)
+        for root in self._roots:
+            self._post(
+                root,
+                self._pool.message(
+                    Kind.JOIN, round_, blocks, int(columns is not None), data=as_bytes(mine)
+                ),
+            )
+
+    def lay_out(self, columns: Sequence[Column]) -> None:
+        """Learn the columns, in the first round, before anything was put into them."""
+        with self.lock:
+            expected = {*self._queue} | ({self.current} if self.current is not None else set())
+            self._take_columns(columns, expected & {*self.own})
+
+    def _take_columns(self, columns: Sequence[Column], expected: Collection[int]) -> None:
+        for old in self._sums:
+            old.clear()
+        self._columns = columns
+        tree = tree_of(self._blocks)
+        self._sums = [Sum(tree, column.add, self._pool.drop) for column in columns]
+        self._expected = [set(expected) for _ in columns]
+
+    def next_block(self) -> int | None:
+        """The data block to compute now, if there is one."""
+        with self.lock:
+            self.current = self._queue.pop(0) if self._queue and not self.is_over else None
+            return self.current
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all that the round gives has come."""
+        arrived = self.arrived
+        if arrived.figures is not None:
+            return True
+        return bool(self._columns) and len(arrived.results) == len(self._columns)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether there is nothing more to compute: it is whole, or others have gone on."""
+        # What the last round gives may come after the word that it was the last.
+        left_behind = self.ended is not None and self.round != self._last_round
+        return self.is_whole or left_behind or self.arrived.state is not None
+
+    @property
+    def has_work(self) -> bool:
+        """Whether there is a data block to compute."""
+        return bool(self._queue)
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether the data block that is being computed is still needed."""
+        return not self.is_over and self.current not in self._dropped
+
+    def put(self, column: int, cell: Buffer, block: int) -> None:
+        """Take in the gradient of a model block on a data block; send sums that are complete."""
+        with self.lock:
+            if self.is_over:
+                self._pool.drop(cell)
+                return
+            self._expected[column].discard(block)
+            self._sums[column].put(Node(block, block + 1), cell)
+            self._send_settled(column)
+
+    def done(self, figures: bytes = b"") -> None:
+        """The data block is computed, and all of its cells are in."""
+        with self.lock:
+            block, self.current = self.current, None
+        assert block is not None
+        self._post(self._roots[0], self._pool.message(Kind.DONE, self.round, block, data=figures))
+
+    def give_up(self) -> None:
+        """The data block is not needed any more: nothing more of it comes."""
+        with self.lock:
+            block, self.current = self.current, None
+            assert block is not None
+            self._expect_no_more(block)
+
+    # ------------------------------------------------------------------ messages
+
+    def receive(self, buffer: Buffer) -> None:
+        """Handle a message of a root."""
+        with self.lock:
+            self._receive(buffer)
+
+    def _receive(self, buffer: Buffer) -> None:
+        kind = buffer.kind
+        if kind is Kind.END:
+            self.ended, self._last_round = content(buffer), buffer.round
+        elif kind is Kind.OWN:
+            self.own = as_blocks(content(buffer))
+        elif kind is Kind.STATE and buffer.round > self.round:
+            self.arrived.state = buffer
+            return
+        elif buffer.round == self.round:
+            self._handle(kind, buffer)
+            if kind is Kind.RESULT and self.arrived.results.get(buffer.column) is buffer:
+                return
+        self._pool.drop(buffer)
+
+    def _handle(self, kind: Kind, buffer: Buffer) -> None:
+        block = buffer.lo
+        if kind is Kind.RESULT:
+            self.arrived.results.setdefault(buffer.column, buffer)
+            if len(self.arrived.results) == len(self._columns):
+                self.arrived.whole_s = now_s()
+        elif kind is Kind.OVER:
+            self.arrived.figures = content(buffer)
+        elif kind is Kind.HELP:
+            self._queue.append(block)
+        elif kind is Kind.TAKEN:
+            if block in self._queue:
+                self._queue.remove(block)
+            self._expect_no_more(block)
+        elif kind is Kind.DROP:
+            self._dropped.add(block)
+            if block in self._queue:
+                self._queue.remove(block)
+            self._expect_no_more(block)
+
+    def _expect_no_more(self, block: int) -> None:
+        for column, expected in enumerate(self._expected):
+            if block in expected:
+                expected.discard(block)
+                self._send_settled(column)
+
+    def _send_settled(self, column: int) -> None:
+        root = self._columns[column].root
+        for node, cell in self._sums[column].take_settled(self._expected[column]):
+            cell.write(Kind.CELL, self.round, column, *node, cell.loss)
+            self._post(root, cell)
+
+
+def as_bytes(blocks: Sequence[int]) -> bytes:
+    """Data blocks as they travel."""
+    return np.asarray(blocks, np.int32).tobytes()
+
+
+def as_blocks(data: bytes) -> tuple[int, ...]:
+    """What `as_bytes` made."""
+    return tuple(np.frombuffer(data, np.int32).tolist())
