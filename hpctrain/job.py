@@ -36,8 +36,10 @@ from hpctrain.comm.engine import engine_of
 from hpctrain.config import nearest, option, read
 from hpctrain.data.generators import seed_generators
 from hpctrain.errors import ExchangeError, JobError, MismatchError
+from hpctrain.grad.coded.exchange import CodedConfig
 from hpctrain.grad.overlap import ExchangeConfig
 from hpctrain.train.checkpoint import CheckpointConfig
+from hpctrain.train.coded_loop import CodedTrainer
 from hpctrain.train.inject import InjectConfig
 from hpctrain.train.loop import Trainer
 from hpctrain.train.optimizer import ScheduleConfig, check_optimizer
@@ -68,6 +70,7 @@ class Job:
     """`name` of an optimizer of torch.optim, lower-case, and its arguments."""
     schedule: ScheduleConfig = ScheduleConfig()
     exchange: ExchangeConfig = ExchangeConfig()
+    coded: CodedConfig = CodedConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     run: RunConfig = RunConfig()
     inject: InjectConfig = InjectConfig()
@@ -164,7 +167,8 @@ class LoadedJob:
                 raise JobError(f"{world.name_of(rank)}: {text}", everywhere=True)
         assert parts is not None
         try:
-            return Trainer(
+            is_coded = self.job.exchange.mode == "coded"
+            return (CodedTrainer if is_coded else Trainer)(
                 world,
                 parts,
                 self.job.settings,
@@ -318,6 +322,8 @@ def _check_together(job: Job, mistakes: list[str]) -> None:
             mistakes.append("train.clip_norm: not with exchange.next_forward = true")
         if job.train.nonfinite == "skip":
             mistakes.append("train.nonfinite: 'skip' is not possible with exchange.next_forward")
+    if job.exchange.mode != "coded" and job.coded != CodedConfig():
+        mistakes.append("coded: does nothing unless exchange.mode = 'coded'")
     if job.inject.step is not None and job.inject.step > job.train.steps:
         mistakes.append(f"inject.step: got {job.inject.step}; the run has {job.train.steps} steps")
 

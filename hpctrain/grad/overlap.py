@@ -29,7 +29,7 @@ import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -63,6 +63,9 @@ AT_ONCE_BYTES = 1 << 15
 NEXT_FORWARD_IN_FLIGHT_BYTES = 1 << 20
 """A block that is needed first cannot overtake messages that are on the wire already."""
 
+USED_BY_CODED = ("mode", "block_bytes", "deadline_s")
+"""Settings of the exchange that mode = 'coded' heeds; it has more of its own."""
+
 _exchanges: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """The exchange that averages each parameter's gradient, as a weak reference."""
 
@@ -71,8 +74,10 @@ _exchanges: WeakIdKeyDictionary = WeakIdKeyDictionary()
 class ExchangeConfig:
     """How gradients get from each rank to all ranks."""
 
-    mode: str = option("allreduce", choices=("allreduce",))
-    """Every rank computes its share of the batch; gradients are averaged over all ranks."""
+    mode: str = option("allreduce", choices=("allreduce", "coded"))
+    """`allreduce`: every rank computes its share of the batch, and gradients are averaged over all
+    ranks. `coded`: several ranks hold each part of the batch, and nobody waits for a slow or dead
+    one; see [coded]."""
     overlap: bool = True
     """Send a block while backward computes the next; false sends all blocks after backward."""
     next_forward: bool = False
@@ -99,6 +104,17 @@ class ExchangeConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        idle = [
+            field.name
+            for field in fields(self)
+            if field.name not in USED_BY_CODED and getattr(self, field.name) != field.default
+        ]
+        if self.mode == "coded" and idle:
+            raise ExchangeError(
+                f"with mode = 'coded', {', '.join(idle)} would do nothing",
+                allowed=", ".join(USED_BY_CODED),
+                fix="leave them out",
+            )
         if self.way == "native" and (self.deterministic or self.wire != "same"):
             raise ExchangeError(
                 "way = 'native' sums in an order and a type that the MPI library chooses",
@@ -338,7 +354,10 @@ class Exchange:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the order of an earlier run. Collective, before the first backward."""
-        if sorted(state["order"]) == list(range(len(self.parameters))) and self._blocks is None:
+        if (
+            sorted(state.get("order", ())) == list(range(len(self.parameters)))
+            and self._blocks is None
+        ):
             self._arrivals = list(state["arrivals"])
             self._lay_out(state["order"], state.get("ways", ()))
 

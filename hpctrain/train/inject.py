@@ -134,6 +134,7 @@ class Injection:
         self._clock = clock
         self._sleep = sleep
         self._extra = 0.0  # factor - 1 of the backward that is running
+        self._unless: Callable[[], bool] | None = None
         self._worked_until_s = 0.0
         self._owed_s = 0.0
 
@@ -183,14 +184,16 @@ class Injection:
         self._rest(extra * (self._clock() - begun_s), unless)
 
     @contextmanager
-    def slowed_backward(self, step: int) -> Iterator[None]:
-        """Around a backward whose gradients go on the wire as they come, and which waits for it.
+    def slowed_backward(
+        self, step: int, unless: Callable[[], bool] | None = None
+    ) -> Iterator[None]:
+        """Around a backward whose gradients go on the wire as they come.
 
         A sleep after it would come too late to keep the other ranks waiting, and one before it
         would have to guess how long it takes. So each gradient of `follow` arrives late, by what
-        the computing of it has taken.
+        the computing of it has taken. `step` and `unless` are as for `slowed`.
         """
-        self._extra = self.factor(step) - 1
+        self._extra, self._unless = self.factor(step) - 1, unless
         if self._extra:
             self._worked_until_s = self._clock()
         try:
@@ -223,7 +226,7 @@ class Injection:
             return
         self._owed_s += self._extra * (self._clock() - self._worked_until_s)
         if self._owed_s >= _LEAST_SLEEP_S:
-            self._owed_s -= self._rest(self._owed_s)
+            self._owed_s -= self._rest(self._owed_s, self._unless)
         self._worked_until_s = self._clock()
 
     def _rest(self, seconds: float, unless: Callable[[], bool] | None = None) -> float:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from hpctrain.comm.collect import all_gather, all_sum, barrier_on
-from hpctrain.comm.engine import engine_of
+from hpctrain.comm.engine import Channel, engine_of
 from hpctrain.comm.measure import clock_offset
 from hpctrain.data.batches import Batches, MapStyle, is_indexed
 from hpctrain.data.generators import generator_state, restore_generators, seed_generators
@@ -90,18 +90,10 @@ class Trainer:
             size=world.size,
             collate=parts.collate,
         )
-        self.model = DataParallel(parts.model, settings.exchange, world=world)
         self.optimizer = build_optimizer(
             [p for p in parts.model.parameters() if p.requires_grad], settings.optimizer
         )
-        if settings.exchange.next_forward:
-            if train.clip_norm is not None or train.nonfinite == "skip":
-                raise JobError(
-                    "next_forward takes a step before all gradients are there to decide about it",
-                    allowed="no train.clip_norm, and train.nonfinite = 'stop'",
-                    everywhere=True,
-                )
-            self.model.overlap_step(self.optimizer, self._check_block)
+        self._open_exchange()
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
         seed_generators(settings.seed + 1 + world.rank)
 
@@ -136,6 +128,19 @@ class Trainer:
             world.trace.open(self.run_folder.trace(world.rank), world.rank)
         self._begun_s = now_s()
         self._say_hello()
+
+    def _open_exchange(self) -> None:
+        """Prepare model and optimizer for the exchange of gradients. Collective."""
+        train, exchange = self.settings.train, self.settings.exchange
+        self.model = DataParallel(self.parts.model, exchange, world=self.world)
+        if exchange.next_forward:
+            if train.clip_norm is not None or train.nonfinite == "skip":
+                raise JobError(
+                    "next_forward takes a step before all gradients are there to decide about it",
+                    allowed="no train.clip_norm, and train.nonfinite = 'stop'",
+                    everywhere=True,
+                )
+            self.model.overlap_step(self.optimizer, self._check_block)
 
     def run(self) -> dict[str, float]:
         """Train to the last step, evaluate, save. Returns the last evaluation's figures.
@@ -217,14 +222,19 @@ class Trainer:
             self.model.eval()
             totals: dict[str, float] = {}
             try:
-                self._add_up(data, totals)
+                for index in range(self.world.rank, self._evaluated_batches(data), self.world.size):
+                    for name, value in self._figures_of(data, index).items():
+                        totals[name] = totals.get(name, 0.0) + value
             finally:
                 self.model.train(was_training)
         names = sorted(set().union(*all_gather(self.control, list(totals), label="evaluation")))
         sums = all_sum(
             self.control, np.array([totals.get(name, 0.0) for name in names]), label="evaluation"
         )
-        figures = {name: float(value) / len(data) for name, value in zip(names, sums, strict=True)}
+        return self._tell({n: float(v) / len(data) for n, v in zip(names, sums, strict=True)})
+
+    def _tell(self, figures: dict[str, float]) -> dict[str, float]:
+        """Record and show the figures of an evaluation."""
         if self._metrics:
             self._metrics.write(self.step_number, validation=figures)
             self._metrics.flush()
@@ -237,15 +247,25 @@ class Trainer:
         own: dict[str, Any] = {"generators": generator_state()}
         if self.settings.exchange.buffers == "local":
             own["buffers"] = moved(resume.local_buffers(self.parts.model), HOST)
+        self._write(self.control, self.model.exchange.state_dict(), own)
+
+    def _write(self, channel: Channel, exchange: dict[str, Any], own: dict[str, Any]) -> None:
+        """Write a checkpoint. Collective over the channel.
+
+        Args:
+            channel: of the ranks that write.
+            exchange: what the exchange of gradients wants to find again.
+            own: state of this rank alone.
+        """
         with self._phase("save"):
             checkpoint.save(
-                self.control,
+                channel,
                 self.run_folder.checkpoints,
                 self.step_number,
                 shared={
                     "model": moved(self.parts.model.state_dict(), HOST),
                     "optimizer": moved(self.optimizer.state_dict(), HOST),
-                    "exchange": self.model.exchange.state_dict(),
+                    "exchange": exchange,
                 },
                 own=own,
                 facts={
@@ -282,12 +302,15 @@ class Trainer:
             self._set_rate()
             self.optimizer.step()
             return math.nan
-        norm = float(self.model.exchange.gradient_norm())
+        norm = self._gradient_norm()
         if self._is_usable(norm, loss, self.step_number + 1):
             self._clip(norm)
             self._set_rate()
             self.optimizer.step()
         return norm
+
+    def _gradient_norm(self) -> float:
+        return float(self.model.exchange.gradient_norm())
 
     def _check_block(self, block: Block) -> None:
         """With `next_forward`: a block has come, and is about to be used."""
@@ -332,9 +355,7 @@ class Trainer:
         """
         if math.isfinite(norm):
             return True
-        losses = all_gather(self.control, float(loss), label="search for a loss not finite")
-        bad = [self.world.name_of(r) for r, value in enumerate(losses) if not math.isfinite(value)]
-        who = f"the loss of {', '.join(bad)}" if bad else "no loss, but a gradient in backward"
+        who = self._not_finite(loss)
         if self.settings.train.nonfinite == "skip":
             _log.warning("update left out, gradients are not finite: first not finite was %s", who)
             return False
@@ -346,6 +367,12 @@ class Trainer:
             everywhere=True,
         )
 
+    def _not_finite(self, loss: torch.Tensor) -> str:
+        """Whose loss was not finite, if any. Collective."""
+        losses = all_gather(self.control, float(loss), label="search for a loss not finite")
+        bad = [self.world.name_of(r) for r, value in enumerate(losses) if not math.isfinite(value)]
+        return f"the loss of {', '.join(bad)}" if bad else "no loss, but a gradient in backward"
+
     def _clip(self, norm: float) -> None:
         limit = self.settings.train.clip_norm
         if limit is not None and norm > limit:
@@ -356,18 +383,19 @@ class Trainer:
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor
 
-    def _add_up(self, data: MapStyle, totals: dict[str, float]) -> None:
-        """Add this rank's part of the validation sums to `totals`."""
+    def _evaluated_batches(self, data: MapStyle) -> int:
+        return -(-len(data) // self.settings.train.batch)
+
+    def _figures_of(self, data: MapStyle, index: int) -> dict[str, float]:
+        """Sums of the loss and of the metrics over a batch of the validation data."""
         batch = self.settings.train.batch
         whole = Batches(data, batch=batch, shuffle=False, collate=self.parts.collate)
-        for index in range(self.world.rank, -(-len(data) // batch), self.world.size):
-            count = min(batch, len(data) - index * batch)
-            subset = moved(whole.read(index * batch, count), self.device)
-            figures = {"loss": self.parts.loss(self.model, subset)}
-            if self.parts.metrics:
-                figures |= self.parts.metrics(self.model, subset)
-            for name, value in figures.items():
-                totals[name] = totals.get(name, 0.0) + float(value) * count
+        count = min(batch, len(data) - index * batch)
+        subset = moved(whole.read(index * batch, count), self.device)
+        figures = {"loss": self.parts.loss(self.model, subset)}
+        if self.parts.metrics:
+            figures |= self.parts.metrics(self.model, subset)
+        return {name: float(value) * count for name, value in figures.items()}
 
     # ------------------------------------------------------------------ around the steps
 
@@ -382,6 +410,11 @@ class Trainer:
         resume.restore_optimizer(
             self.optimizer, self.settings.optimizer, state["optimizer"], manifest.get("optimizer")
         )
+        self._resume_exchange(state, int(manifest["ranks"]))
+        self.console.say(f"resumed at step {self.step_number}")
+
+    def _resume_exchange(self, state: Mapping[str, Any], ranks: int) -> None:
+        """Restore what depends on ranks and on how gradients are exchanged. Collective."""
         self.model.exchange.load_state_dict(state["exchange"])
         own = state["own"]
         if own:
@@ -391,13 +424,12 @@ class Trainer:
             seed_generators(self.settings.seed + 1 + self.world.rank + 1_000_003 * self.step_number)
             _log.warning(
                 "the checkpoint is of %d ranks: random generators start anew%s",
-                manifest["ranks"],
+                ranks,
                 ", and all ranks take the buffers of rank 0"
                 if self.settings.exchange.buffers == "local"
                 else "",
             )
         self.model.check_in_sync()
-        self.console.say(f"resumed at step {self.step_number}")
 
     def _say_hello(self) -> None:
         world, train = self.world, self.settings.train
@@ -457,14 +489,9 @@ class Trainer:
         if not self._pending:
             return
         self.world.position.phase = "report"
-        self.model.wait_for_gradients()  # a report is a meeting of all ranks anyway
-        for place, norm in enumerate(self._late_norms):
-            self._pending[place] = replace(self._pending[place], gradient_norm=norm)
-        self._late_norms = []
-        mine = np.array([astuple(figures) for figures in self._pending])
-        first = self.step_number - len(mine) + 1
+        sums = self._sum_figures()
+        first = self.step_number - len(sums) + 1
         self._pending = []
-        sums = all_sum(self.control, mine, label="metrics")
         self.world.trace.flush()
         if not self._metrics:
             return
@@ -483,6 +510,15 @@ class Trainer:
                 left_s=(now_s() - self._begun_s) / self._session_steps() * left,
             )
         )
+
+    def _sum_figures(self) -> np.ndarray:
+        """The figures of the last steps, one row a step, added up over ranks. Collective."""
+        self.model.wait_for_gradients()  # a report is a meeting of all ranks anyway
+        for place, norm in enumerate(self._late_norms):
+            self._pending[place] = replace(self._pending[place], gradient_norm=norm)
+        self._late_norms = []
+        mine = np.array([astuple(figures) for figures in self._pending])
+        return all_sum(self.control, mine, label="metrics")
 
     def _record(self, step: int, total: StepFigures) -> None:
         """Write down the figures of a step, added up over ranks."""
@@ -506,12 +542,15 @@ class Trainer:
         self.console.finish()
         self.world.trace.close()
         self._log.close()
-        barrier_on(self.control, "end of training")
+        progress = self._part()
         if self._metrics:
             self._metrics.close()
             self.run_folder.write_facts(
-                finished=True,
-                seconds=now_s() - self._begun_s,
-                progress=self.model.exchange.progress,
+                finished=True, seconds=now_s() - self._begun_s, progress=progress
             )
         self.opened.release()
+
+    def _part(self) -> str:
+        """Wait for the other ranks; how blocks were moved. Collective."""
+        barrier_on(self.control, "end of training")
+        return self.model.exchange.progress

@@ -11,6 +11,7 @@ from torch import nn
 
 from hpctrain.config import check, option
 from hpctrain.data.batches import Collate, MapStyle
+from hpctrain.grad.coded.exchange import CodedConfig
 from hpctrain.grad.overlap import ExchangeConfig
 from hpctrain.train.checkpoint import CheckpointConfig
 from hpctrain.train.device import DEVICES
@@ -77,6 +78,7 @@ class Settings:
     optimizer: Mapping[str, Any]
     schedule: ScheduleConfig
     exchange: ExchangeConfig
+    coded: CodedConfig = CodedConfig()
     checkpoint: CheckpointConfig
     run: RunConfig
     seed: int

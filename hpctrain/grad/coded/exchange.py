@@ -8,6 +8,7 @@ import logging
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -133,7 +134,8 @@ class Coded:
         optimizer: of the module's parameters; its state is given to ranks that fell behind.
         config: who holds and computes what.
         world: the ranks; by default those of `hpctrain.join()`.
-        samples: number of samples of each data block; equal by default.
+        samples: number of samples of each data block, or what gives them for a number of data
+            blocks; equal by default.
         seed: of what is drawn while a data block is computed, such as dropout.
         block_bytes: largest model block, unless a parameter is larger.
         extra: what else has a state that must be the same on all ranks.
@@ -150,7 +152,7 @@ class Coded:
         config: CodedConfig | None = None,
         *,
         world: World | None = None,
-        samples: Sequence[int] | None = None,
+        samples: Sequence[int] | Callable[[int], Sequence[int]] | None = None,
         seed: int = 0,
         block_bytes: int = 1 << 20,
         extra: Stateful | None = None,
@@ -172,6 +174,8 @@ class Coded:
         self.blocks = self.assignment.blocks
         enough = config.enough or workers - self.assignment.copies + 1
         self.certificate = certify(self.assignment, max(0, workers - enough))
+        if callable(samples):
+            samples = samples(self.blocks)
         self.samples = tuple(samples) if samples else (1,) * self.blocks
         if len(self.samples) != self.blocks or min(self.samples) < 0 or not sum(self.samples):
             raise ExchangeError(
@@ -199,6 +203,7 @@ class Coded:
         """The loss of the last step, summed over all data blocks."""
         self.exposed_s = 0.0
         """How long this rank had nothing to compute in the last step."""
+        self._begun_blocks = -1
         self._round = -1
         self._trouble: str | None = None
         self._ended = False
@@ -224,7 +229,6 @@ class Coded:
                 hands.roots,
                 config.relearn,
             )
-            _log.info("%s", self.certificate)
         self._mailbox.open()
         self._order: dict[int, None] = {}
         self._arrivals = [0] * len(self._named)
@@ -242,7 +246,7 @@ class Coded:
         self,
         read: Callable[[int], Iterable[Subset]],
         loss: Callable[[Subset], torch.Tensor],
-        around: Callable[[Callable[[], bool]], Any] | None = None,
+        around: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> bool:
         """Compute what this rank should, and wait until the gradient of all data blocks is there.
 
@@ -254,8 +258,7 @@ class Coded:
                 block that is not needed any more is given up between two.
             loss: of a subset, with its weight in the whole step, so that all losses of a step add
                 up to the mean over its samples.
-            around: makes a context manager in which each subset is computed, given a function that
-                says whether the data block is not needed any more; to slow down on purpose.
+            around: makes a context manager in which each backward runs.
 
         Returns:
             Whether there is a gradient. If not, this rank had fallen behind: module, optimizer and
@@ -269,6 +272,7 @@ class Coded:
         self._trace_rounds(self._round - 1)
         self.moved = False
         self.exposed_s = 0.0
+        self._begun_blocks = -1
         for _, parameter in self._named:
             parameter.grad = None
         for buffers in self._buffers:
@@ -339,10 +343,36 @@ class Coded:
         self._trace_rounds(self._round)
         self._leave()
 
+    @property
+    def summary(self) -> str:
+        """Who does what, in one line."""
+        config, workers = self.config, len(self.hands.workers)
+        return (
+            f"{self.blocks} data blocks on {workers} workers, {self.assignment.copies} copies "
+            f"({config.placement}), summed up by {len(self.hands.roots)} {config.root} root(s); "
+            f"{self.certificate}"
+        )
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether the data block that this rank computes is still needed."""
+        return self.worker.is_wanted
+
+    @property
+    def worked_on(self) -> int:
+        """How many data blocks this rank has begun in the present step, before this one."""
+        return self._begun_blocks
+
     def gradient_norm(self) -> float:
-        """Euclidean norm of all gradients of the step."""
-        gradients = [p.grad for _, p in self._named if p.grad is not None]
-        return float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+        """Euclidean norm of all gradients of the step; the same bits on all ranks."""
+        norms = [
+            torch.linalg.vector_norm(
+                p.grad, dtype=torch.complex128 if p.is_complex() else torch.float64
+            )
+            for _, p in self._named
+            if p.grad is not None
+        ]
+        return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """The agreed order of parameters, so that a resumed run needs not find it anew."""
@@ -362,11 +392,12 @@ class Coded:
         block: int,
         read: Callable[[int], Iterable[Subset]],
         loss: Callable[[Subset], torch.Tensor],
-        around: Callable[[Callable[[], bool]], Any] | None,
+        around: Callable[[], AbstractContextManager[None]],
     ) -> None:
         """Compute the gradient of a data block, unless it turns out that it is not needed."""
         begun_s = now_s()
         worker = self.worker
+        self._begun_blocks += 1
         work = self._block = _BlockInWork(block)
         for buffers in self._buffers:
             buffers.restore()
@@ -376,11 +407,7 @@ class Coded:
             computed = worker.is_wanted
             while subset is not None and computed:
                 following = next(subsets, None)
-                if around is None:
-                    computed = self._backward(subset, loss, following is None)
-                else:
-                    with around(lambda: not worker.is_wanted):
-                        computed = self._backward(subset, loss, following is None)
+                computed = self._backward(subset, loss, around, following is None)
                 computed = computed and worker.is_wanted
                 subset = following
         if computed:
@@ -394,7 +421,11 @@ class Coded:
         self._trace_block(block, begun_s, computed)
 
     def _backward(
-        self, subset: Subset, loss: Callable[[Subset], torch.Tensor], is_last: bool
+        self,
+        subset: Subset,
+        loss: Callable[[Subset], torch.Tensor],
+        around: Callable[[], AbstractContextManager[None]],
+        is_last: bool,
     ) -> bool:
         """Forward and backward of a subset; whether the data block was still needed between."""
         value = loss(subset)
@@ -407,7 +438,8 @@ class Coded:
             self._due = list(self._arrivals)
             for column in self._columns:
                 column.missing = len(column.members)
-        value.backward()
+        with around():
+            value.backward()
         return True
 
     def _finish(self, work: _BlockInWork) -> None:
@@ -546,6 +578,7 @@ class Coded:
                 f"step {self.step_number + 1} cannot be completed: {self._trouble}",
                 fix="start the job again: it continues from the last checkpoint; raise "
                 "coded.copies to tolerate more",
+                everywhere=True,
             )
 
     # ------------------------------------------------------------------ ranks that fell behind

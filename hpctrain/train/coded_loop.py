@@ -1,0 +1,244 @@
+"""The training loop of the coded mode: no rank waits for one that is slow, stalled or dead.
+
+One step reads from top to bottom in `CodedTrainer.step`. The ranks meet only at the start. After
+it, rank 0 alone records and saves, and whatever ranks compute together goes through `Coded`.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import torch
+
+from hpctrain.comm.collect import broadcast
+from hpctrain.data.batches import is_indexed, split_evenly, subset_sizes
+from hpctrain.errors import JobError
+from hpctrain.grad.coded.exchange import Coded, LostError
+from hpctrain.trace import now_s
+from hpctrain.train.checks import loss_mistake
+from hpctrain.train.device import moved
+from hpctrain.train.loop import Trainer
+from hpctrain.train.metrics import StepFigures
+from hpctrain.world import fail
+
+CLAIM = ".rescue-"
+"""Names a file by which one of several ranks takes it upon itself to save."""
+LATE_STEPS = 2
+"""Steps after which rank 0 knows all of a step, what came too late included."""
+RESCUED_S = 60.0
+"""How long a rank waits for another that saves what a dead root cannot."""
+
+
+class CodedTrainer(Trainer):
+    """Trains a model with data blocks that several ranks hold. Construction is collective."""
+
+    def _open_exchange(self) -> None:
+        """Prepare model and optimizer. Collective."""
+        settings = self.settings
+        if not is_indexed(self.parts.train_data):
+            raise JobError(
+                "the coded mode needs training data that can be indexed, since a rank may compute "
+                "what another was to",
+                value=type(self.parts.train_data).__name__,
+                allowed="an object with __len__ and __getitem__",
+                everywhere=True,
+            )
+        self.model = self.parts.model  # type: ignore[assignment]
+        self.coded = Coded(
+            self.parts.model,
+            self.optimizer,
+            settings.coded,
+            world=self.world,
+            samples=lambda blocks: split_evenly(settings.train.batch, blocks),
+            seed=settings.seed,
+            block_bytes=settings.exchange.block_bytes,
+        )
+        self._alone = self.coded.engine.alone("checkpoints")
+        self._launch = broadcast(self.control, secrets.token_hex(4), label="launch")
+        samples = self.coded.samples
+        self._firsts = [sum(samples[:block]) for block in range(len(samples))]
+        if self.world.is_root:
+            self.console.say(f"coded: {self.coded.summary}")
+
+    def run(self) -> dict[str, float]:
+        """Train to the last step, evaluate, save. Returns the last evaluation's figures.
+
+        When a root died, or all holders of a data block did, all ranks end, after a checkpoint.
+        """
+        try:
+            return super().run()
+        except LostError as error:
+            self._rescue()
+            fail(self.world, error, error.__traceback__)
+            raise
+
+    def _run(self) -> dict[str, float]:
+        train, every = self.settings.train, self.settings.checkpoint.every
+        figures: dict[str, float] = {}
+        while not self.coded.is_over:
+            if self.step_number < train.steps:
+                if not self.step():
+                    continue  # this rank had fallen behind, and goes on where the others are
+                done = self.step_number
+                if done % self._log_every == 0 or done == train.steps:
+                    self._report()
+                if train.eval_every and done % train.eval_every == 0 and done < train.steps:
+                    figures = self.evaluate()
+                    if self.coded.moved:
+                        continue
+                if every and done % every == 0 and done < train.steps:
+                    self._report()
+                    self.save()
+            else:
+                figures = self.evaluate()
+                if not self.coded.moved:
+                    self.save()
+                    break
+        self._close()
+        return figures
+
+    def step(self) -> bool:  # type: ignore[override]
+        """One optimizer step on one global batch; whether this rank could take part in it."""
+        begun_s = now_s()
+        self.world.position.step = step = self.step_number + 1
+        coded, injection = self.coded, self.injection
+
+        def loss(subset: tuple[Any, int]) -> torch.Tensor:
+            batch, size = subset
+            with self._phase("forward"):
+                with injection.slowed(step, unless=lambda: not coded.is_wanted):
+                    value = self.parts.loss(self.model, batch)
+                self._check_loss(loss_mistake(self.parts.loss, value))
+            self.world.position.phase = "backward"
+            injection.strike(step, coded.worked_on, len(coded.worker.own))
+            return value * (size / self.settings.train.batch)
+
+        has_gradients = coded.step(
+            self._read,
+            loss,
+            around=lambda: injection.slowed_backward(step, unless=lambda: not coded.is_wanted),
+        )
+        if not has_gradients:
+            self.step_number = coded.step_number
+            return False
+        with self._phase("optimizer"):
+            norm = self._update(torch.tensor(coded.loss))
+        self.step_number = coded.step_number
+        self._pending.append(StepFigures(coded.loss, norm, coded.exposed_s, now_s() - begun_s))
+        late = LATE_STEPS if self.world.is_root else 0
+        if self._session_steps() >= self.settings.run.trace_steps + late:
+            self.world.trace.active = False
+        return True
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Mean loss and metrics over the validation data; empty without any."""
+        data = self.parts.validation_data
+        self.coded.moved = False
+        if data is None or len(data) == 0:
+            return {}
+        with self._phase("evaluate"):
+            was_training = self.model.training
+            self.model.eval()
+            try:
+                sums = self.coded.evaluate(
+                    self._evaluated_batches(data), lambda index: self._figures_of(data, index)
+                )
+            finally:
+                self.model.train(was_training)
+        self.step_number = self.coded.step_number
+        if sums is None:
+            return {}
+        return self._tell({name: value / len(data) for name, value in sums.items()})
+
+    def save(self) -> None:
+        """Write a checkpoint, on rank 0 alone. The first one of a launch is read back at once."""
+        if self.world.is_root:
+            self._write(self._alone, self.coded.state_dict(), {})
+
+    def _say_hello(self) -> None:
+        if self.world.is_root:
+            for left in self.run_folder.path.glob(f"{CLAIM}*"):
+                left.unlink(missing_ok=True)
+        super()._say_hello()
+
+    # ------------------------------------------------------------------ parts of a step
+
+    def _read(self, block: int) -> Iterator[tuple[Any, int]]:
+        """The subsets of a data block of the present step, and their numbers of samples."""
+        samples = self.coded.samples[block]
+        position = self.step_number * self.settings.train.batch + self._firsts[block]
+        for size in subset_sizes(samples, self.settings.train.micro_batch):
+            with self._phase("data"):
+                subset = moved(self.batches.read(position, size), self.device)
+            yield subset, size
+            position += size
+
+    def _check_loss(self, mistake: str | None) -> None:
+        """Refuse a loss that is none."""
+        if mistake:
+            raise JobError(mistake)
+
+    def _not_finite(self, loss: torch.Tensor) -> str:
+        """What was not finite first, as far as is known."""
+        if math.isfinite(loss):
+            return "no loss, but a gradient in backward"
+        return "the loss of a data block"
+
+    def _gradient_norm(self) -> float:
+        return self.coded.gradient_norm()
+
+    def _clip(self, norm: float) -> None:
+        limit = self.settings.train.clip_norm
+        if limit is not None and norm > limit:
+            for parameter in self.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(limit / norm)
+
+    def _own_s(self) -> float:
+        """A clock of what this rank does itself."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return now_s()
+
+    # ------------------------------------------------------------------ around the steps
+
+    def _resume_exchange(self, state: Mapping[str, Any], ranks: int) -> None:
+        """Take what an earlier run agreed on. What is drawn at random depends on no rank."""
+        self.coded.load_state_dict(state["exchange"])
+        self.coded.step_number = self.step_number
+
+    def _sum_figures(self) -> np.ndarray:
+        """The figures of rank 0, which all others take the same time for, as if of all ranks."""
+        rows = [
+            (f.loss, *(self.world.size * v for v in (f.gradient_norm, f.exposed_s, f.step_s)))
+            for f in self._pending
+        ]
+        return np.array(rows)
+
+    def _rescue(self) -> None:
+        """Save the last step that is whole, on the first rank that comes to it."""
+        if self.world.is_root:
+            self.save()
+            return
+        folder = self.run_folder.checkpoints
+        claim = folder.parent / f"{CLAIM}{self._launch}"
+        with suppress(OSError):
+            claim.touch(exist_ok=False)
+            self._write(self._alone, self.coded.state_dict(), {})
+            claim.rename(claim.with_suffix(".done"))
+            return
+        given_up_s = now_s() + RESCUED_S
+        while now_s() < given_up_s and not claim.with_suffix(".done").exists():
+            time.sleep(0.1)
+
+    def _part(self) -> str:
+        """Wait until the run is over; whoever is late or dead is not waited for."""
+        self.coded.end()
+        return "coded"
