@@ -45,7 +45,11 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def launch(
-    ranks: int, *arguments: str, script: str = sys.argv[0], on: Cluster | None = None
+    ranks: int,
+    *arguments: str,
+    script: str = sys.argv[0],
+    on: Cluster | None = None,
+    options: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Run a script's worker; the JSON object that it printed last.
 
@@ -54,13 +58,14 @@ def launch(
         arguments: the worker's.
         script: whose worker.
         on: the cluster, or None for this machine.
+        options: of mpiexec, on this machine.
     """
     worker = [sys.executable, script, "--worker", *arguments]
     if on:
         ended = on.run(ranks, worker, stderr=None)
     else:
         mpiexec = Path(sys.executable).with_name("mpiexec")
-        command = [str(mpiexec), "-n", str(ranks), *worker]
+        command = [str(mpiexec), *options, "-n", str(ranks), *worker]
         ended = subprocess.run(
             command, env=os.environ | RUNTIME, stdout=subprocess.PIPE, text=True, check=False
         )

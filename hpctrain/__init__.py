@@ -6,15 +6,28 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hpctrain.errors import HpctrainError
     from hpctrain.grad.accumulate import accumulate
+    from hpctrain.grad.coded.exchange import Coded, CodedConfig
     from hpctrain.grad.data_parallel import DataParallel
     from hpctrain.grad.overlap import ExchangeConfig
     from hpctrain.world import Role, World, join
 
 __version__ = "0.1.0"
 logging.getLogger(__name__).addHandler(logging.NullHandler())  # silent unless the program logs
-__all__ = ["DataParallel", "ExchangeConfig", "HpctrainError", "Role", "World", "accumulate", "join"]
+__all__ = [
+    "Coded",
+    "CodedConfig",
+    "DataParallel",
+    "ExchangeConfig",
+    "HpctrainError",
+    "Role",
+    "World",
+    "accumulate",
+    "join",
+]
 
 _HOMES = {
+    "Coded": "hpctrain.grad.coded.exchange",
+    "CodedConfig": "hpctrain.grad.coded.exchange",
     "DataParallel": "hpctrain.grad.data_parallel",
     "ExchangeConfig": "hpctrain.grad.overlap",
     "HpctrainError": "hpctrain.errors",

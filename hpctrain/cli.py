@@ -100,6 +100,11 @@ def _parser() -> argparse.ArgumentParser:
 
     doctor = commands.add_parser("doctor", help="check launcher, MPI, cores and links of all ranks")
     doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
+    doctor.add_argument(
+        "--kill-a-rank",
+        action="store_true",
+        help="kill the last rank, and say whether the launcher lets the others live",
+    )
     doctor.set_defaults(command=_doctor)
 
     report = commands.add_parser("report", help="draw loss, throughput and timeline of a run")
@@ -168,6 +173,8 @@ def _doctor(chosen: argparse.Namespace) -> int:
         if chosen.json and launched_rank(os.environ) == 0:
             print(doctor.refused(error), flush=True)
         raise
+    if chosen.kill_a_rank:
+        return doctor.kill_a_rank(world)
     return doctor.run(world, as_json=chosen.json)
 
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import os
 import platform
+import signal
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,14 +21,16 @@ import numpy
 import torch
 
 from hpctrain import __version__
-from hpctrain.comm.collect import all_gather
+from hpctrain.comm.collect import all_gather, barrier_on
 from hpctrain.comm.device_probe import TAKEN, device_calls
 from hpctrain.comm.engine import Engine, engine_of
 from hpctrain.comm.measure import Link, measure_all_reduce, measure_links, progress_trial
-from hpctrain.errors import ExitCode, UnfitError
-from hpctrain.world import Seat, World, launched_size
+from hpctrain.errors import ExitCode, JobError, UnfitError
+from hpctrain.world import FORWARD_S, Seat, World, launched_size
 
 OK, WARNING, UNFIT = "ok", "warning", "unfit"
+KILL_S = 2.0
+"""How long ranks must live after the death of one."""
 REDUCED_BYTES = (1 << 12, 1 << 20, 1 << 24)
 
 _LEVELS = ("single", "funneled", "serialized", "multiple")
@@ -59,6 +63,7 @@ def run(world: World, as_json: bool) -> int:
         *_progress(engine),
         *_links(engine),
         _device_buffers(world),
+        _deaths(world, os.environ),
     ]
     fit = all(finding.verdict != UNFIT for finding in findings)
     if world.is_root:
@@ -100,6 +105,46 @@ def _launcher(world: World) -> Finding:
         "launcher",
         OK,
         f"{world.size} rank(s) on {len(world.nodes)} node(s), {started}, {world.library}",
+    )
+
+
+def kill_a_rank(world: World) -> int:
+    """Have the last rank kill itself, and say whether the others live. Collective.
+
+    Returns:
+        The exit status: 0 when they do. If they do not, the launcher ends this program.
+    """
+    if world.size < 2:
+        raise JobError("--kill-a-rank needs several ranks", value=world.size, everywhere=True)
+    engine = engine_of(world)
+    engine.tolerate_deaths()
+    engine.leave_behind()
+    victim = world.name_of(world.size - 1)
+    if world.is_root:
+        text = f"killing {victim}; if no more follows, the launcher ends all ranks with it"
+        print(text, flush=True)
+    barrier_on(engine.control, "before the kill")
+    if world.rank == world.size - 1:
+        time.sleep(FORWARD_S)
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(KILL_S)
+    if world.is_root:
+        print(f"the others live {KILL_S:.0f} s after the death of {victim}", flush=True)
+    return ExitCode.DONE
+
+
+def _deaths(world: World, environment: Mapping[str, str]) -> Finding:
+    """Whether survivors of a dead rank live, as far as the environment tells."""
+    if "Open MPI" not in world.library:
+        text = "all ranks end when one dies, as far as is known of this library"
+        return Finding("deaths", OK, text)
+    if environment.get("OMPI_MCA_mpi_ft_enable") == "1":
+        return Finding("deaths", OK, "survivors live and know who is dead (--with-ft ulfm)")
+    return Finding(
+        "deaths",
+        OK,
+        "all ranks end when one dies; mpirun --with-ft ulfm lets the others live, for "
+        "exchange.mode = 'coded' (--kill-a-rank tries it)",
     )
 
 

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,10 +114,12 @@ class Launch:
             k: v for k, v in os.environ.items() if not k.startswith(LAUNCHER)
         } | OPEN_MPI
 
-    def start(self, ranks: int, *command: str | Path, **environment: str) -> subprocess.Popen[str]:
-        """Start Python on `ranks` ranks; 0 for a process without a launcher."""
+    def start(
+        self, ranks: int, *command: str | Path, options: Sequence[str] = (), **environment: str
+    ) -> subprocess.Popen[str]:
+        """Start Python on `ranks` ranks; 0 for a process without a launcher, which has options."""
         python = Path(sys.executable)
-        launcher = [python.with_name("mpiexec"), "-n", str(ranks)] if ranks else []
+        launcher = [python.with_name("mpiexec"), *options, "-n", str(ranks)] if ranks else []
         return subprocess.Popen(
             [*map(str, launcher), str(python), *map(str, command)],
             cwd=self.folder,
@@ -129,11 +131,16 @@ class Launch:
         )
 
     def __call__(
-        self, ranks: int, *command: str | Path, limit_s: float = 120, **environment: str
+        self,
+        ranks: int,
+        *command: str | Path,
+        limit_s: float = 120,
+        options: Sequence[str] = (),
+        **environment: str,
     ) -> Ended:
         """Run Python on `ranks` ranks to its end, or kill it at the limit and fail."""
         begun_s = time.monotonic()
-        process = self.start(ranks, *command, **environment)
+        process = self.start(ranks, *command, options=options, **environment)
         try:
             out, err = process.communicate(timeout=limit_s)
         except subprocess.TimeoutExpired:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
@@ -112,7 +113,7 @@ def test_world_of_one_is_fit_as_text(world: World, capsys: pytest.CaptureFixture
     names = [line.split("  ")[0] for line in lines if line[0] != " "]
     assert names == [
         *("launcher", "thread level", "versions", "binding"),
-        *("torch threads", "links", "device buffers"),
+        *("torch threads", "links", "device buffers", "deaths"),
     ]
 
 
@@ -157,3 +158,12 @@ def test_unfit_world_has_its_exit_status(
     shown = capsys.readouterr().out
     assert "unfit    none at all\n" in shown and "fix: get some\n" in shown
     assert shown.endswith("unfit: see above\n")
+
+
+@pytest.mark.launch
+@pytest.mark.any_mpi
+def test_killed_rank_tells_whether_the_others_live(launch: Any, world: World) -> None:
+    if "Open MPI" not in world.library:
+        pytest.skip("MPICH's launcher ends all ranks when one is killed")
+    ended = launch(3, "-m", "hpctrain", "doctor", "--kill-a-rank", options=("--with-ft", "ulfm"))
+    assert (ended.status, "the others live" in ended.out) == (0, True), ended

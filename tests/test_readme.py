@@ -65,7 +65,7 @@ def test_commands_are_those_that_are_tested_below() -> None:
         "module load openmpi",
         "pip install .",
         "mpirun -n 2 hpctrain doctor",
-        "python benchmarks/allreduce.py --quick",
+        "mpirun --with-ft ulfm -n 4 hpctrain run jobs/digits.toml --set exchange.mode=coded",
     ]
 
 
@@ -148,7 +148,9 @@ def test_the_sites_own_mpi(launch: Launch) -> None:
     assert "no MPI library can be loaded" in without
 
 
-def test_benchmark(launch: Launch) -> None:
-    shutil.copytree(ROOT / "benchmarks", launch.folder / "benchmarks")
+def test_coded(launch: Launch) -> None:
     shutil.copytree(ROOT / "jobs", launch.folder / "jobs")
-    assert '"node_shared_over_best_mpi"' in shell(launch, COMMANDS[11], launch.folder)
+    killed = """ --set train.steps=40 --set 'inject={kind="kill",ranks=[2],step=20}'"""
+    text = shell(launch, COMMANDS[11] + killed, launch.folder)
+    assert "rank 2 is dead" in text
+    assert "step 40/40" in text

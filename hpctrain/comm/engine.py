@@ -76,7 +76,7 @@ SPIN_S = 5e-4
 and it takes the core from the kernel, which moves what comes over a network."""
 WATCH_S = 0.05
 """Sleep of the engine's thread while it has nothing to move."""
-LISTEN_S = 1e-3
+LISTEN_S = 2e-3
 """Longest sleep while a mailbox is open, from which anything may come at any time."""
 SWITCH_S = 2e-4
 """Interpreter switch interval: how long a pure-Python main thread may keep the progress thread
@@ -279,8 +279,19 @@ class Listener(Protocol):
     def leaving(self) -> bool:
         """Whether messages have not left yet."""
 
+    @property
+    def number(self) -> int:
+        """The same on all ranks, and of no other listener."""
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether this rank needs it no more."""
+
     def advance(self) -> bool:
         """Move what can be moved; whether anything did."""
+
+    def close(self) -> None:
+        """Receive, for nobody, what is on its way, and end. Collective."""
 
 
 class Engine:
@@ -326,7 +337,7 @@ class Engine:
     def channel(self, name: str, in_flight_bytes: int = IN_FLIGHT_BYTES) -> Channel:
         """Make a channel over all ranks. Collective, in the same order on all ranks.
 
-        Channels that all ranks have let go of are freed here.
+        Channels and listeners that all ranks have let go of are freed here.
         """
         if self._channels:  # a rank that does not come is reported, as in any operation
             self.control.run(barrier, f"making of channel {name!r}")
@@ -347,22 +358,20 @@ class Engine:
             self._channels.append(channel)
         return channel
 
-    def duplicate(self, name: str) -> MPI.Intracomm:
-        """A communicator over all ranks for a listener. Collective, as `channel` is."""
+    def duplicate(self, name: str) -> tuple[MPI.Intracomm, int]:
+        """A communicator over all ranks for a listener, and its number. As `channel`."""
         self.control.run(barrier, f"making of {name!r}")
         with self.exclusive():
-            comm = self.world.comm.Dup()
+            self._free_abandoned()
+            comm, number = self.world.comm.Dup(), self._made
+            self._made += 1
             comm.Barrier()
-        return comm
+        return comm, number
 
     def listen(self, listener: Listener) -> None:
         """Poll it from now on, in every progress mode by the engine's thread and whoever waits."""
         self._listeners.append(listener)
         self._wake.set()
-
-    def ignore(self, listener: Listener) -> None:
-        """Poll it no more."""
-        self._listeners.remove(listener)
 
     def push(self, start: Callable[[], object]) -> None:
         """Start sends now, if nobody else is inside MPI; else whoever is there does it soon."""
@@ -382,16 +391,25 @@ class Engine:
         self._left_behind = True
 
     def _free_abandoned(self) -> None:
-        """Free the communicators of channels that no rank needs any more. Collective."""
+        """Free the communicators that no rank needs any more. Collective."""
         if not self._channels:
             return
         mine = {c.number for c in self._channels if c.abandoned and not c.busy}
+        mine |= {listener.number for listener in self._listeners if listener.abandoned}
         everyones = self.control.comm.allgather(mine)
         freed = set.intersection(*everyones)
         for channel in self._channels:
             if channel.number in freed:
                 channel.comm.Free()
         self._channels = [c for c in self._channels if c.number not in freed]
+        self._close_listeners(freed)
+
+    def _close_listeners(self, numbers: set[int]) -> None:
+        """Close those listeners. Collective; the caller holds the lock."""
+        for listener in sorted(self._listeners, key=lambda each: each.number):
+            if listener.number in numbers:
+                listener.close()
+        self._listeners = [each for each in self._listeners if each.number not in numbers]
 
     def attend(self, channel: Channel) -> None:
         """An operation was queued: begin it now if nobody else is inside MPI."""
@@ -459,7 +477,9 @@ class Engine:
     def _back_off(self, idle_s: float, longest_s: float = POLL_S) -> None:
         """Leave the core to ranks that compute, and to the kernel."""
         if idle_s > SPIN_S:
-            time.sleep(min(max(POLL_S, idle_s / POLLS_A_MOVE), longest_s))
+            # What is under way needs polls of both sides, though it counts only when it is there.
+            is_idle = not any(listener.in_flight for listener in self._listeners)
+            time.sleep(min(max(POLL_S, idle_s / 8), longest_s) if is_idle else POLL_S)
         elif self._shares_core:
             _yield_core()
 
@@ -551,6 +571,8 @@ class Engine:
             self._back_off(now_s() - polled)
         if not self._left_behind:
             self.control.run(barrier, "the end of the program")
+            with self._lock:
+                self._close_listeners({listener.number for listener in self._listeners})
         self._closing = True
         self._wake.set()
         self._thread.join()

@@ -11,6 +11,7 @@ the others; without, a dead rank is one that is silent.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from typing import Protocol
 
@@ -22,6 +23,8 @@ from hpctrain.trace import now_s
 
 AT_ONCE = 32
 """Messages that are taken in by one poll, so that sends do not wait behind a flood."""
+CLOSING_POLL_S = 1e-4
+"""Sleep between two polls at the end, when messages that nobody needs are still on their way."""
 
 
 class Letter(Protocol):
@@ -55,7 +58,8 @@ _Entry = tuple[MPI.Request, int, Letter]
 class Mailbox:
     """Sends and receives messages of any size, on a communicator of its own.
 
-    Construction is collective; everything else is this rank's own.
+    Construction is collective; everything else but `close` is this rank's own. Once every rank has
+    abandoned it, the engine closes it.
 
     Args:
         engine: polls it.
@@ -65,8 +69,13 @@ class Mailbox:
     def __init__(self, engine: Engine, postman: Postman) -> None:
         self._engine = engine
         self._postman = postman
-        self._comm = engine.duplicate("mailbox")
+        self._comm, self.number = engine.duplicate("mailbox")
         self.rank = engine.world.rank
+        self.abandoned = False
+        self._is_closing = False
+        self._counts_to = [0] * engine.world.size
+        self._counts_from = [0] * engine.world.size
+        """Messages to and from each other rank."""
         self._outbox: deque[tuple[int, Letter]] = deque()
         self._to_self: deque[Letter] = deque()
         self._sending: list[_Entry] = []
@@ -102,16 +111,35 @@ class Mailbox:
         """Whether messages of this rank have not left yet, but for those to dead ranks."""
         return bool(self._outbox or self._sending)
 
+    def abandon(self) -> None:
+        """This rank needs it no more, but others may still need what this rank answers."""
+        self.abandoned = True
+
+    def close(self) -> None:
+        """Receive, for nobody, what is on its way, and end. Collective; the engine calls it."""
+        self._is_closing = True
+        self._to_self.clear()
+        self._start_sends()
+        expected = self._comm.alltoall(self._counts_to)
+        while self._sending or self._counts_from != expected:
+            if not self._move():
+                time.sleep(CLOSING_POLL_S)
+        self._comm.Free()
+
     def advance(self) -> bool:
         """Send, receive and hand over what can be; whether anything moved. For the engine."""
         self._postman.tick(now_s())
         moved = self._start_sends()
-        moved |= self._take_in()
-        moved |= self._finish_receives()
-        moved |= self._finish_sends()
+        moved |= self._move()
         while self._to_self:
             self._postman.came(self.rank, self._to_self.popleft())
             moved = True
+        return moved
+
+    def _move(self) -> bool:
+        moved = self._take_in()
+        moved |= self._finish_receives()
+        moved |= self._finish_sends()
         return moved
 
     def _start_sends(self) -> bool:
@@ -128,6 +156,7 @@ class Mailbox:
             except MPI.Exception as error:
                 self._failed(error)
                 continue
+            self._counts_to[rank] += 1
             self._sending.append((request, rank, letter))
         return moved
 
@@ -159,7 +188,9 @@ class Mailbox:
             (came if done else under_way).append(entry)
         self._receiving = under_way
         for _, source, letter in came:
-            self._postman.came(source, letter)
+            self._counts_from[source] += 1
+            if not self._is_closing:
+                self._postman.came(source, letter)
         return bool(came)
 
     def _finish_sends(self) -> bool:

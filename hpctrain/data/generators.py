@@ -58,17 +58,30 @@ def restore_generators(state: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def drawn_from(*key: int) -> Iterator[None]:
-    """Have what draws inside a `with` block draw the same for the same key, on any rank.
-
-    Those of the program, also of CUDA devices, go on afterwards where they were.
-    """
-    before = generator_state()
-    seed_generators(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+def kept_generators() -> Iterator[None]:
+    """Have the program's generators, also those of CUDA devices, go on afterwards as before."""
+    before, on_device = _take(), _take_cuda()
     try:
         yield
     finally:
-        restore_generators(before)
+        _put(before)
+        if on_device:
+            torch.cuda.set_rng_state_all(on_device)
+
+
+def seed_by(*key: int) -> None:
+    """Have what is drawn from now on be the same for the same key, on any rank."""
+    _seed_host(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(torch.initial_seed())
+
+
+@contextmanager
+def drawn_from(*key: int) -> Iterator[None]:
+    """Have what draws inside a `with` block draw the same for the same key, on any rank."""
+    with kept_generators():
+        seed_by(*key)
+        yield
 
 
 class OwnGenerators:
@@ -79,12 +92,10 @@ class OwnGenerators:
     """
 
     def __init__(self, seed: int) -> None:
-        others = self._take()
-        torch.default_generator.manual_seed(seed % 2**63)
-        np.random.seed(seed % 2**32)
-        random.seed(seed)
-        self._aside = self._take()
-        self._put(others)
+        others = _take()
+        _seed_host(seed)
+        self._aside = _take()
+        _put(others)
 
     def __enter__(self) -> None:
         self._swap()
@@ -98,15 +109,27 @@ class OwnGenerators:
         self._swap()
 
     def _swap(self) -> None:
-        mine, self._aside = self._aside, self._take()
-        self._put(mine)
+        mine, self._aside = self._aside, _take()
+        _put(mine)
 
-    @staticmethod
-    def _take() -> tuple[Any, Any, torch.Tensor]:
-        return random.getstate(), np.random.get_state(), torch.get_rng_state()
 
-    @staticmethod
-    def _put(state: tuple[Any, Any, torch.Tensor]) -> None:
-        random.setstate(state[0])
-        np.random.set_state(state[1])
-        torch.set_rng_state(state[2])
+def _seed_host(seed: int) -> None:
+    """As `seed_generators`, but for devices; torch's own function takes a stack trace for those."""
+    torch.default_generator.manual_seed(seed % 2**63)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+def _take() -> tuple[Any, Any, torch.Tensor]:
+    return random.getstate(), np.random.get_state(), torch.get_rng_state()
+
+
+def _put(state: tuple[Any, Any, torch.Tensor]) -> None:
+    random.setstate(state[0])
+    np.random.set_state(state[1])
+    torch.set_rng_state(state[2])
+
+
+def _take_cuda() -> list[torch.Tensor]:
+    """States of the generators of CUDA devices, if any is in use."""
+    return torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []

@@ -1,7 +1,8 @@
 """The root's side of sums: takes cells as they come, and sends each sum out as soon as it is whole.
 
 Sums are kept for one round after theirs, for a rank that comes late; a rank that comes later still
-is given a state instead. So a root holds buffers of two rounds, and those that are on their way.
+is given a state instead, by the first root. So a root holds buffers of two rounds, and those that
+are on their way.
 """
 
 from __future__ import annotations
@@ -44,10 +45,12 @@ class Aggregator:
         post: sends.
         pool: of buffers.
         blocks: data blocks of a round.
+        first_root: the rank that hears of ranks whose results are gone.
     """
 
-    def __init__(self, rank: int, post: Post, pool: Pool, blocks: int) -> None:
+    def __init__(self, rank: int, post: Post, pool: Pool, blocks: int, first_root: int = 0) -> None:
         self._rank = rank
+        self._first_root = first_root
         self._post = post
         self._pool = pool
         self._blocks = blocks
@@ -97,20 +100,20 @@ class Aggregator:
             self._announce(sums, column)
 
     def joined(self, rank: int, round_: int) -> None:
-        """A rank has begun a round: it takes results of that round from now on."""
+        """A rank has begun a training round: it takes results of that round from now on."""
+        if round_ <= self._joined.get(rank, -1):
+            return  # overtaken by the next one
         self._joined[rank] = round_
         for sums in (self._now, self._before):
             if sums and sums.round == round_:
-                if rank == self._rank:  # the others have waited for this rank
-                    for column in sums.totals:
+                for column in sums.totals:
+                    if rank == self._rank:  # the others have waited for this rank
                         self._announce(sums, column)
-                elif self._joined.get(self._rank) == round_:
-                    for column in sums.totals:
+                    elif self._has_begun(round_):
                         self._send(rank, sums, column)
-
-    def holds(self, round_: int) -> bool:
-        """Whether sums of the round are still there, to be sent to a rank that joins it."""
-        return any(sums and sums.round == round_ for sums in (self._now, self._before))
+                return
+        if self._now and round_ < self._now.round:
+            self._post(self._first_root, self._pool.message(Kind.BEHIND, round_, rank))
 
     def _sums_of(self, round_: int) -> _RoundSums | None:
         """The sums of a round that is not over; None if it is."""
@@ -128,7 +131,8 @@ class Aggregator:
                 round_, {n: Sum(tree, self._columns[n].add, drop) for n in self._mine}, Tally()
             )
             self.tallies[round_] = self._now.tally
-            self.tallies.pop(round_ - KEPT, None)
+            for old in [number for number in self.tallies if number <= round_ - KEPT]:
+                del self.tallies[old]
         return self._now if round_ == self._now.round else None
 
     def _announce(self, sums: _RoundSums, column: int) -> None:
@@ -136,10 +140,13 @@ class Aggregator:
 
         So no rank can be two rounds ahead of a root, which could not keep up with what it holds.
         """
-        if self._joined.get(self._rank) == sums.round:
+        if self._has_begun(sums.round):
             for rank, round_ in self._joined.items():
                 if round_ == sums.round:
                     self._send(rank, sums, column)
+
+    def _has_begun(self, round_: int) -> bool:
+        return self._joined.get(self._rank, -1) >= round_
 
     def _send(self, rank: int, sums: _RoundSums, column: int) -> None:
         total = sums.totals[column]

@@ -33,7 +33,8 @@ class Kind(IntEnum):
     RESULT = 4
     """The sum of model block `column` over all data blocks."""
     HELP = 5
-    """The worker is to compute data block lo as well."""
+    """The worker is to compute data block lo as well. Orders about a data block are numbered in
+    `column`: the last one holds."""
     TAKEN = 6
     """Another worker computes data block lo as well: do not begin it, do not hold sums back."""
     DROP = 7
@@ -54,6 +55,8 @@ class Kind(IntEnum):
     """The sender lives."""
     LOST = 15
     """The run cannot go on; behind it, why."""
+    BEHIND = 16
+    """The sender has no results of round `round` any more, which rank lo has begun only now."""
 
 
 class Buffer:
@@ -89,6 +92,11 @@ class Buffer:
     def kind(self) -> Kind:
         """What the message says."""
         return Kind(int(self._words[0]))
+
+    @property
+    def is_state(self) -> bool:
+        """Whether it holds a state, which is large, seldom, and of another size each time."""
+        return int(self._words[0]) == Kind.STATE
 
     @property
     def round(self) -> int:
@@ -165,7 +173,9 @@ class Pool:
         with self._lock:
             buffer.holders -= 1
             assert buffer.holders >= 0
-            if buffer.holders == 0:
+            if buffer.holders == 0 and buffer.is_state:
+                self.made_bytes -= buffer.whole.numel()
+            elif buffer.holders == 0:
                 self._free[buffer.payload.numel()].append(buffer)
 
     def hold(self, buffer: Buffer, times: int = 1) -> None:

@@ -50,6 +50,7 @@ class GradientColumn:
         self._device = device
         count, dtype = slab_size(parameters)
         self.dtype = torch.float32 if dtype.itemsize == 2 else dtype
+        self._real_itemsize = dtype.itemsize
         self.nbytes = count * self.dtype.itemsize
         self.add = add_cells(self.dtype)
         self._there: Any = None
@@ -78,8 +79,36 @@ class GradientColumn:
         )
         return self._copied
 
-    def show(self, result: Buffer) -> None:
-        """Make a sum the parameters' gradients; they are views of it where dtypes allow."""
+    @property
+    def adds(self) -> bool:
+        """Whether `pack_onto` can be used: gradients are on the host, in the dtype of sums."""
+        return self._device is None and self.dtype.itemsize == self._real_itemsize
+
+    def pack_onto(self, cell: Buffer) -> None:
+        """Add this rank's gradients to those of a cell: the same bits as by way of one of its own.
+
+        Raises:
+            ExchangeError: a gradient is sparse, or to be differentiated again.
+        """
+        views, flags = self._parts(cell, cell.numbers(self.dtype))
+        sources, targets = [], []
+        for place, (parameter, view) in enumerate(zip(self.parameters, views, strict=True)):
+            if parameter.grad is None:
+                view.add_(0)  # as a cell of zeros does, to whose sum -0 would matter
+            else:
+                flags[place] += 1
+                sources.append(usable(parameter.grad, self.names[place]))
+                targets.append(view)
+        if sources:
+            torch._foreach_add_(targets, sources)
+
+    def show(self, result: Buffer) -> Event | None:
+        """Make a sum the parameters' gradients; they are views of it where dtypes allow.
+
+        Returns:
+            The end of the copy to the device, if there is one: so long the result is needed.
+        """
+        event = None
         views, flags = self._parts(result, result.numbers(self.dtype))
         used = (flags != 0).tolist()
         if self._device is not None:
@@ -93,6 +122,7 @@ class GradientColumn:
             views, _ = self._parts(self, self._there)
         for parameter, view, is_used in zip(self.parameters, views, used, strict=True):
             parameter.grad = view.to(parameter.dtype) if is_used else None
+        return event
 
     def _gather(self, parts: tuple[Sequence[torch.Tensor], torch.Tensor]) -> None:
         views, flags = parts
@@ -167,9 +197,9 @@ class BufferColumn:
     def pack(self, cell: Buffer, block: int, weight: float) -> None:
         """Put what the buffers are after a data block into a cell, with that block's weight."""
         flat = torch.cat([b.flatten().to("cpu", self._dtype) for b in self._buffers()])
-        if self._averages:
+        if self._averages and weight:
             flat.mul_(weight)
-        elif block != 0:
+        elif self._averages or block != 0:  # also of what is infinite, such as a mask
             flat.zero_()
         cell.numbers(self._dtype).copy_(flat)
 

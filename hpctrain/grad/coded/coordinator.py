@@ -88,14 +88,17 @@ class Coordinator:
         self._figures: Figures | None = None
         self._over: tuple[int, bytes] | None = None
         self._joined: dict[int, int] = {}
-        self._late: set[int] = set()
-        """Ranks that began their round when it was over."""
+        """The round that each rank has begun last."""
+        self._early: list[tuple[int, Buffer]] = []
+        """Messages that overtook the word that their round has begun."""
+        self._orders = 0
         self._heard_s = dict.fromkeys(range(ranks), now())
         self._decided_s = 0.0
+        self._ticked_s = now()
         self._order: bytes | None = None
         self.dead: set[int] = set()
         self.behind: set[int] = set()
-        """Ranks that have begun a round that is too old, and wait for a state to go on from."""
+        """Ranks that began a round whose results are gone, and wait for a state to go on from."""
         self.failure: str | None = None
         """Why the run cannot go on."""
         self.ended: list[Ended] = []
@@ -107,10 +110,21 @@ class Coordinator:
     def receive(self, source: int, buffer: Buffer) -> None:
         """Handle a message of any rank."""
         now = self._now()
-        self._heard_s[source] = now
         kind = buffer.kind
+        if source in self.dead:  # what it computed may not have come with its last words
+            self._pool.drop(buffer)
+            return
+        self._heard_s[source] = now
+        index = self._index.get(source)
+        if self._round and index in self._round.out:
+            self._tell(self._round.came_back(index, now))
         if kind is Kind.JOIN:
             self._join(source, buffer, now)
+        elif kind is Kind.BEHIND and self._joined.get(buffer.lo, -1) <= buffer.round:
+            self.behind.add(buffer.lo)
+        elif kind is Kind.DONE and buffer.round > self._number:
+            self._early.append((source, buffer))
+            return
         elif kind is Kind.DONE and buffer.round < self._number:
             for ended in self.ended:
                 if ended.number == buffer.round:
@@ -137,19 +151,23 @@ class Coordinator:
         if rank in self._roots:
             self.failure = f"rank {rank}, which adds up gradients, is dead"
         if rank in self._index and self._round:
-            self._round.went_out(self._index[rank], self._now())
+            self._round.went_out(self._index[rank])
             self._decide(self._now())
         self._look_for_lost()
 
     def tick(self, now: float) -> None:
         """Look at the clock."""
+        deaf_s, self._ticked_s = now - self._ticked_s, now
+        if deaf_s > self._silence.out_s / 4:  # it is not the others that were silent
+            self._heard_s = {rank: s + deaf_s for rank, s in self._heard_s.items()}
+        self._heard_s[self._roots[0]] = now
         if now - self._decided_s < DECIDE_S or self._round is None:
             return
         for index, rank in enumerate(self._workers):
             silent_s = now - self._heard_s[rank]
             if silent_s > self._silence.out_s and index not in self._round.out:
                 _log.warning("rank %d has said nothing for %.1f s", rank, silent_s)
-                self._round.went_out(index, now)
+                self._round.went_out(index)
         self._decide(now)
         self._look_for_lost()
 
@@ -180,24 +198,26 @@ class Coordinator:
     # ------------------------------------------------------------------ rounds
 
     def _join(self, rank: int, buffer: Buffer, now: float) -> None:
-        round_ = buffer.round
-        if self._over and self._over[0] == round_:
-            self._say(Kind.OVER, rank, data=self._over[1])
+        round_, trains = buffer.round, buffer.hi > 0
+        if round_ <= self._joined.get(rank, -1):
+            return
+        is_told = self._over is not None and self._over[0] == round_
+        if self._over and is_told:
+            self._post(rank, self._pool.message(Kind.OVER, round_, data=self._over[1]))
         if self._end is not None:
             self._say(Kind.END, rank, data=self._end)
             return
         if round_ > self._number:
-            self._begin(round_, buffer.lo, trains=buffer.hi > 0, now=now)
+            self._begin(round_, buffer.lo, trains, now)
         self._joined[rank] = round_
-        self._late.discard(rank)
-        if round_ < self._number - 1:
+        if round_ < self._number - 1 or (round_ < self._number and not trains and not is_told):
             self.behind.add(rank)
-        elif round_ < self._number:
-            self._late.add(rank)
         if round_ == self._number and rank in self._index:
             assert self._round is not None
             own = as_blocks(content(buffer))
             self._tell(self._round.joined(self._index[rank], own, now))
+        if self._figures:
+            self._conclude()
 
     def _begin(self, round_: int, blocks: int, trains: bool, now: float) -> None:
         out = sorted(self._index[r] for r in self._workers if self._is_out(r, now))
@@ -215,14 +235,14 @@ class Coordinator:
                 )
                 if self._relearn and self._owners.learn(self._paces[True], out):
                     self._tell_owners()
-        # Whoever came late to a round may not have got all of its sums before roots forgot them.
-        self.behind |= {rank for rank in self._late if self._joined[rank] < round_ - 1}
-        self._late -= self.behind
         self._number, self._trains = round_, trains
         workers = len(self._workers)
         assignment = self._owners.assignment if trains else evaluation_assignment(blocks, workers)
         self._figures = None if trains else Figures(blocks)
         self._round = Round(assignment, self._paces[trains], now, out)
+        early, self._early = self._early, []
+        for source, buffer in early:
+            self.receive(source, buffer)
 
     def _tell_owners(self) -> None:
         owners = self._owners.assignment
@@ -232,10 +252,14 @@ class Coordinator:
             self._say(Kind.OWN, rank, data=as_bytes(owners.owned(index)))
 
     def _conclude(self) -> None:
-        """Send an evaluation's figures to all who wait for them, once they are complete."""
+        """Send an evaluation's figures to all who wait for them, once they are complete.
+
+        And once all roots wait for them, so that no rank is two rounds ahead of a root.
+        """
         assert self._figures is not None
         parts = self._figures.whole()
-        if parts is not None and (self._over is None or self._over[0] != self._number):
+        all_wait = all(self._joined.get(root) == self._number for root in self._roots)
+        if parts is not None and all_wait and (not self._over or self._over[0] != self._number):
             data = b"".join(parts)
             self._over = self._number, data
             for rank, round_ in self._joined.items():
@@ -273,11 +297,13 @@ class Coordinator:
 
     def _tell(self, orders: Sequence[Order]) -> None:
         for order in orders:
-            self._say(_KIND[order.act], self._workers[order.worker], order.block)
+            self._orders += 1  # by which a worker knows which of two was given last
+            rank, kind = self._workers[order.worker], _KIND[order.act]
+            self._say(kind, rank, order.block, column=self._orders)
 
-    def _say(self, kind: Kind, rank: int, lo: int = 0, data: bytes = b"") -> None:
+    def _say(self, kind: Kind, rank: int, lo: int = 0, column: int = 0, data: bytes = b"") -> None:
         if rank not in self.dead:
-            self._post(rank, self._pool.message(kind, self._number, lo, data=data))
+            self._post(rank, self._pool.message(kind, self._number, lo, column=column, data=data))
 
 
 def evaluation_assignment(blocks: int, workers: int) -> Assignment:

@@ -27,7 +27,7 @@ REMEMBERED = 8
 """Rounds over whose median a worker's pace is taken: one slow round does not make a slow worker."""
 GAIN = 0.1
 """By which part of a round a new deal must be faster, ..."""
-PATIENCE = 3
+PATIENCE = 4
 """... in so many rounds one after another, before data blocks get other owners."""
 
 
@@ -62,7 +62,10 @@ class _Progress:
     joined: bool = False
     helps: list[int] = field(default_factory=list)
     """Data blocks that it was asked for and has not finished."""
+    finished: list[int] = field(default_factory=list)
     took_s: list[float] = field(default_factory=list)
+    at_least_s: float = 0.0
+    """How long it had been at a data block that it was told to give up."""
 
     @property
     def waiting(self) -> list[int]:
@@ -82,7 +85,7 @@ class Paces:
         Args:
             worker: who.
             took_s: time of each data block that it finished.
-            at_least_s: how long it had been at the one that it did not finish; 0 if there is none.
+            at_least_s: how long it had been at one that it did not finish; 0 if there is none.
         """
         if took_s:
             self._seen[worker].append(statistics.fmean(took_s))
@@ -93,9 +96,13 @@ class Paces:
         """Seconds a data block; those of the usual worker if this one has not shown any yet."""
         seen = self._seen[worker]
         if seen:
-            return statistics.median(seen)
-        others = [statistics.median(s) for s in self._seen if s]
-        return statistics.median(others) if others else 0.0
+            return statistics.median_low(seen)
+        others = [statistics.median_low(s) for s in self._seen if s]
+        return statistics.median_low(others) if others else 0.0
+
+    def last(self, worker: int) -> float:
+        """The same, as the worker showed it last."""
+        return self._seen[worker][-1] if self._seen[worker] else self.of(worker)
 
     @property
     def known(self) -> bool:
@@ -151,7 +158,12 @@ class Round:
         progress = self._progress[worker]
         progress.joined, progress.since_s = True, now
         self.out.discard(worker)
-        others = {b for w, p in enumerate(self._progress) if w != worker for b in p.helps}
+        others = {
+            block
+            for other, helper in enumerate(self._progress)
+            if other != worker and other not in self.out
+            for block in helper.helps
+        }
         progress.own = [b for b in own if b not in self.done_by and b not in others]
         return [
             Order(Act.DROP if block in self.done_by else Act.TAKEN, worker, block)
@@ -162,24 +174,29 @@ class Round:
     def done(self, worker: int, block: int, now: float) -> list[Order]:
         """A worker has computed a data block. Returns who may give it up."""
         progress = self._progress[worker]
-        progress.took_s.append(now - progress.since_s)
+        if block in progress.waiting:  # else it had been told to give it up in the meantime
+            progress.took_s.append(now - progress.since_s)
         progress.since_s = now
+        progress.finished.append(block)
         for waiting in (progress.own, progress.helps):
             if block in waiting:
                 waiting.remove(block)
         if block in self.done_by:
             self.redundant.append((block, worker))
             return []
-        self.done_by[block] = worker
-        at_it = [w for w, other in enumerate(self._progress) if block in other.waiting]
-        return [self._stop(other, block, now) for other in at_it if self._progress[other].joined]
+        return self._is_there(block, worker, now)
 
-    def went_out(self, worker: int, now: float) -> None:
+    def went_out(self, worker: int) -> None:
         """Nothing is expected of a worker any more; what it computed may have gone with it."""
         self.out.add(worker)
         for block in [b for b, w in self.done_by.items() if w == worker]:
             del self.done_by[block]
-            self._progress[worker].own.append(block)
+
+    def came_back(self, worker: int, now: float) -> list[Order]:
+        """A worker that was out was only silent, so that what it computed comes after all."""
+        self.out.discard(worker)
+        missing = [b for b in self._progress[worker].finished if b not in self.done_by]
+        return [order for block in missing for order in self._is_there(block, worker, now)]
 
     def decide(self, now: float) -> list[Order]:
         """Ask workers that have nothing to do for data blocks that would come too late."""
@@ -209,8 +226,9 @@ class Round:
     def end(self, now: float) -> None:
         """The round is over: remember how fast workers were."""
         for worker, progress in enumerate(self._progress):
-            at_it = progress.waiting and worker not in self.out
-            self._paces.record(worker, progress.took_s, now - progress.since_s if at_it else 0.0)
+            if progress.waiting and worker not in self.out:
+                progress.at_least_s = max(progress.at_least_s, now - progress.since_s)
+            self._paces.record(worker, progress.took_s, progress.at_least_s)
 
     def _pace(self, worker: int) -> float:
         """Seconds a data block: what the worker showed in this round, or else before."""
@@ -243,9 +261,15 @@ class Round:
                 waiting.remove(block)
         return orders
 
+    def _is_there(self, block: int, worker: int, now: float) -> list[Order]:
+        self.done_by[block] = worker
+        at_it = [w for w, other in enumerate(self._progress) if block in other.waiting]
+        return [self._stop(other, block, now) for other in at_it if self._progress[other].joined]
+
     def _stop(self, worker: int, block: int, now: float) -> Order:
         progress = self._progress[worker]
         if progress.waiting[0] == block:
+            progress.at_least_s = max(progress.at_least_s, now - progress.since_s)
             progress.since_s = now
         for waiting in (progress.own, progress.helps):
             if block in waiting:
@@ -256,8 +280,8 @@ class Round:
 class Owners:
     """Learns who should own which data blocks.
 
-    A new deal is made when it would have made each of the last rounds faster; at once when a worker
-    dies or comes back.
+    A new deal is made when it would have made each of the last rounds faster, which chance alone
+    seldom brings about; at once when a worker dies or comes back.
     """
 
     def __init__(self, assignment: Assignment) -> None:
@@ -284,9 +308,9 @@ class Owners:
         return True
 
     def _slowest_s(self, assignment: Assignment, paces: Paces) -> float:
-        """How long the slowest worker takes for its own."""
+        """How long the slowest worker would have taken for its own in the last round."""
         return max(
-            len(assignment.owned(w)) * paces.of(w)
+            len(assignment.owned(w)) * paces.last(w)
             for w in range(assignment.workers)
             if w not in self._out
         )

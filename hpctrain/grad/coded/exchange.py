@@ -20,7 +20,7 @@ from hpctrain.comm.device import Device, Event, cuda
 from hpctrain.comm.engine import engine_of
 from hpctrain.comm.mailbox import Mailbox
 from hpctrain.config import check, option
-from hpctrain.data.generators import drawn_from
+from hpctrain.data.generators import kept_generators, seed_by
 from hpctrain.errors import ExchangeError, HpctrainError
 from hpctrain.grad import replicas
 from hpctrain.grad.blocks import partition
@@ -39,9 +39,12 @@ BEAT_S = 0.25
 """How often a rank says that it lives, if it has nothing else to say."""
 ROOT_LOST_S = 10.0
 """A root that is silent for so long is dead, where the MPI library does not say."""
-WAIT_S = 1e-3
+WAIT_S = 5e-4
 """Longest sleep between two polls of a rank that waits."""
 BLOCKS_A_WORKER = 4
+
+_NONE = object()
+"""Stands for a subset where there is none."""
 
 Subset = TypeVar("Subset")
 
@@ -211,6 +214,7 @@ class Coded:
         """By round: the step that it was, and when its last sum was there."""
         self._heard_s = dict.fromkeys(hands.roots, now_s())
         self._beaten_s = 0.0
+        self._ticked_s = now_s()
 
         self.engine.tolerate_deaths()
         self._mailbox = Mailbox(self.engine, _Desk(self))
@@ -236,6 +240,8 @@ class Coded:
         self._block = _BlockInWork(-1)
         self._column_of: list[int] = []
         self._copies: deque[tuple[Event, int, Buffer, int]] = deque()
+        self._shown: list[Event] = []
+        """The ends of the copies of results to the device."""
         this = weakref.ref(self)
         for index, (_, parameter) in enumerate(self._named):
             parameter.register_post_accumulate_grad_hook(partial(_hook, this, index))
@@ -279,18 +285,26 @@ class Coded:
             buffers.keep()
         self._round += 1
         worker = self.worker
+        self._end_copies()
         worker.begin(self._round, self.blocks, self._all_columns if self._columns else ())
-        while not worker.is_over:
-            block = worker.next_block()
-            if block is None:
-                self._wait()
-            else:
-                self._compute(block, read, loss, around)
+        try:
+            with kept_generators():
+                while not worker.is_over:
+                    block = worker.next_block()
+                    if block is None:
+                        self._wait()
+                    else:
+                        self._compute(block, read, loss, around)
+        finally:  # whatever comes instead of results finds the module as it was
+            for buffers in self._buffers:
+                buffers.restore()
         if not self._has_results():
             return False
         self._finished[self._round] = self.step_number + 1, worker.arrived.whole_s
         for column in self._all_columns:
-            column.show(worker.arrived.results[column.index])
+            copied = column.show(worker.arrived.results[column.index])
+            if copied is not None:
+                self._shown.append(copied)
         if worker.arrived.results:
             self.loss = worker.arrived.results[0].loss
         self.step_number += 1
@@ -306,10 +320,10 @@ class Coded:
             figures: of a block; with the same names for all.
 
         Returns:
-            The sums; None if this rank had fallen behind, as `step` tells.
+            The sums; None if this rank had fallen behind, as `step` tells. It goes on with a step.
         """
-        self._help_those_behind()
-        self.moved = False
+        if self.moved:
+            return None
         self._round += 1
         workers = self.hands.workers
         own: Sequence[int] = ()
@@ -317,6 +331,7 @@ class Coded:
             index = workers.index(self.world.rank)
             own = evaluation_assignment(blocks, len(workers)).owned(index)
         worker = self.worker
+        self._end_copies()
         worker.begin(self._round, blocks, None, own)
         while not worker.is_over:
             block = worker.next_block()
@@ -338,6 +353,7 @@ class Coded:
         if self.coordinator and not self._ended:
             with self.engine.exclusive():
                 self.coordinator.end()
+        self._mailbox.abandon()  # closed at the next meeting of all ranks, after what follows
         self.engine.drive(lambda: self.worker.ended is not None or self._has_trouble(), WAIT_S)
         self._raise_trouble()
         self._trace_rounds(self._round)
@@ -401,15 +417,15 @@ class Coded:
         work = self._block = _BlockInWork(block)
         for buffers in self._buffers:
             buffers.restore()
-        with drawn_from(self._seed, self.step_number, block):
-            subsets = iter(read(block))
-            subset = next(subsets, None)
-            computed = worker.is_wanted
-            while subset is not None and computed:
-                following = next(subsets, None)
-                computed = self._backward(subset, loss, around, following is None)
-                computed = computed and worker.is_wanted
-                subset = following
+        seed_by(self._seed, self.step_number, block)
+        subsets = iter(read(block))
+        subset: Any = next(subsets, _NONE)
+        computed = worker.is_wanted
+        while subset is not _NONE and computed:
+            following: Any = next(subsets, _NONE)
+            computed = self._backward(subset, loss, around, following is _NONE)
+            computed = computed and worker.is_wanted
+            subset = following
         if computed:
             self._finish(work)
             worker.done()
@@ -438,6 +454,9 @@ class Coded:
             self._due = list(self._arrivals)
             for column in self._columns:
                 column.missing = len(column.members)
+        if not self._columns:  # the order and number of gradients are those of one backward
+            self._order.clear()
+            self._arrivals = [0] * len(self._named)
         with around():
             value.backward()
         return True
@@ -480,6 +499,12 @@ class Coded:
 
     def _put(self, column: GradientColumn, work: _BlockInWork) -> None:
         work.packed.add(column.index)
+        left = self.worker.take_left(column.index, work.number) if column.adds else None
+        if left is not None:
+            column.pack_onto(left)
+            left.loss += work.loss
+            self.worker.put_sum(column.index, left, work.number)
+            return
         cell = self._pool.take(column.nbytes)
         copied = column.pack(cell)
         cell.loss = work.loss
@@ -487,6 +512,7 @@ class Coded:
             self.worker.put(column.index, cell, work.number)
         else:
             self._copies.append((copied, column.index, cell, work.number))
+            self._move_copies()
 
     # ------------------------------------------------------------------ order of model blocks
 
@@ -498,7 +524,9 @@ class Coded:
         """In the first step: propose the order that backward showed, and take the one agreed on."""
         seen = list(self._order)
         unseen = [i for i in reversed(range(len(self._named))) if i not in self._order]
-        proposal = json.dumps([seen + unseen, [max(1, n) for n in self._arrivals]]).encode()
+        # Of a data block without samples, nothing is known: 0 never sends before the end.
+        arrivals = [max(1, n) if seen else 0 for n in self._arrivals]
+        proposal = json.dumps([seen + unseen, arrivals]).encode()
         self._mailbox.send(
             self.hands.roots[0], self._pool.message(Kind.ORDER, self._round, data=proposal)
         )
@@ -562,6 +590,18 @@ class Coded:
             _, column, cell, block = self._copies.popleft()
             self.worker.put(column, cell, block)
 
+    def _end_copies(self) -> None:
+        """Before a round: no copy from or to the device may use a buffer that is used again.
+
+        What is still copied from it came too late for the last round.
+        """
+        events = [*self._shown, *(event for event, *_ in self._copies)]
+        if events:
+            self.engine.drive(lambda: all(event.query() for event in events), WAIT_S)
+        self._shown = []
+        while self._copies:
+            self._pool.drop(self._copies.popleft()[2])
+
     def _has_trouble(self) -> bool:
         if self.coordinator and self.coordinator.failure:
             self._trouble = self.coordinator.failure
@@ -584,7 +624,7 @@ class Coded:
     # ------------------------------------------------------------------ ranks that fell behind
 
     def _help_those_behind(self) -> None:
-        """On the first root, before a round: send the present state to ranks that need it."""
+        """On the first root, before a step: send the present state to ranks that need it."""
         if self.coordinator is None:
             return
         with self.engine.exclusive():
@@ -610,10 +650,12 @@ class Coded:
     def _has_results(self) -> bool:
         """Whether the round gave what it should; else go on where the others are."""
         worker = self.worker
-        buffer = worker.arrived.state
         self.moved = not worker.is_whole
-        if worker.is_whole or buffer is None:
-            return worker.is_whole
+        if worker.is_whole:
+            return True
+        buffer = worker.take_state()
+        if buffer is None:
+            return False
         state = torch.load(io.BytesIO(content(buffer)), weights_only=True)
         self.module.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -716,8 +758,8 @@ class _Desk:
         if kind is Kind.CELL:
             assert coded.aggregator
             coded.aggregator.receive(source, letter)
-        elif kind in (Kind.JOIN, Kind.DONE, Kind.ORDER, Kind.BEAT):
-            if kind is Kind.JOIN and coded.aggregator:
+        elif kind in (Kind.JOIN, Kind.DONE, Kind.ORDER, Kind.BEAT, Kind.BEHIND):
+            if kind is Kind.JOIN and letter.hi and coded.aggregator:
                 coded.aggregator.joined(source, letter.round)
             if coded.coordinator:
                 coded.coordinator.receive(source, letter)
@@ -746,6 +788,9 @@ class _Desk:
         coded = self._coded
         if coded.coordinator:
             coded.coordinator.tick(now)
+        deaf_s, coded._ticked_s = now - coded._ticked_s, now
+        if deaf_s > BEAT_S:  # it is not the others that were silent
+            coded._heard_s = {root: s + deaf_s for root, s in coded._heard_s.items()}
         if now - coded._beaten_s > BEAT_S:
             coded._beaten_s = now
             coded._beat(now)

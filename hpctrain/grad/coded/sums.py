@@ -36,6 +36,7 @@ class Tree:
     """The nodes of a number of data blocks. Use `tree_of`, which makes each tree once."""
 
     def __init__(self, blocks: int) -> None:
+        assert blocks > 0
         self.blocks = blocks
         self.root = Node(0, blocks)
         self.parents: dict[Node, Node] = {}

@@ -73,7 +73,13 @@ class Worker:
         self._queue: list[int] = []
         self._expected: list[set[int]] = []
         """By column: data blocks that it will still put into its sums."""
+        self._begun: set[int] = set()
+        """Data blocks that it has computed in this round, or is computing."""
         self._dropped: set[int] = set()
+        self._told: dict[int, int] = {}
+        """By data block: number of the last order about it."""
+        self._own_round = -1
+        """When the data blocks that it owns were dealt."""
         self.current: int | None = None
         self.arrived = Arrived({})
         self.ended: bytes | None = None
@@ -101,11 +107,17 @@ class Worker:
         with self.lock:
             for buffer in self.arrived.results.values():
                 self._pool.drop(buffer)
-            self.arrived = Arrived({})
+            state = self.arrived.state  # may have come after all results
+            if state and state.round <= round_:
+                self._pool.drop(state)
+                state = None
+            self.arrived = Arrived({}, state=state)
             self.round, self._blocks = round_, blocks
             mine = tuple(self.own if own is None else own)
             self._queue = list(mine)
+            self._begun.clear()
             self._dropped.clear()
+            self._told.clear()
             self.current = None
             self._take_columns(columns or (), mine)
         for root in self._roots:
@@ -118,6 +130,8 @@ class Worker:
 
     def lay_out(self, columns: Sequence[Column]) -> None:
         """Learn the columns, in the first round, before anything was put into them."""
+        if self.round < 0:
+            return  # the first round brings them
         with self.lock:
             expected = {*self._queue} | ({self.current} if self.current is not None else set())
             self._take_columns(columns, expected & {*self.own})
@@ -134,6 +148,8 @@ class Worker:
         """The data block to compute now, if there is one."""
         with self.lock:
             self.current = self._queue.pop(0) if self._queue and not self.is_over else None
+            if self.current is not None:
+                self._begun.add(self.current)
             return self.current
 
     @property
@@ -164,12 +180,38 @@ class Worker:
     def put(self, column: int, cell: Buffer, block: int) -> None:
         """Take in the gradient of a model block on a data block; send sums that are complete."""
         with self.lock:
-            if self.is_over:
-                self._pool.drop(cell)
-                return
-            self._expected[column].discard(block)
-            self._sums[column].put(Node(block, block + 1), cell)
-            self._send_settled(column)
+            self._put(column, cell, Node(block, block + 1))
+
+    def take_left(self, column: int, block: int) -> Buffer | None:
+        """The cell onto which that of the data block is to be added, if there is one.
+
+        So that it can be added without a cell of its own; `put_sum` is to follow.
+        """
+        tree, node = tree_of(self._blocks), Node(block, block + 1)
+        left = tree.siblings.get(node)
+        if left is None or left.lo > block or not left.is_leaf:
+            return None
+        with self.lock:
+            return self._sums[column].nodes.pop(left, None)
+
+    def put_sum(self, column: int, cell: Buffer, block: int) -> None:
+        """Take in what `take_left` gave, with the data block added."""
+        with self.lock:
+            self._put(column, cell, Node(block - 1, block + 1))
+
+    def _put(self, column: int, cell: Buffer, node: Node) -> None:
+        if self.is_over:
+            self._pool.drop(cell)
+            return
+        self._expected[column].difference_update(range(*node))
+        self._sums[column].put(node, cell)
+        self._send_settled(column)
+
+    def take_state(self) -> Buffer | None:
+        """The state to go on from, if there is one. It is the caller's then."""
+        with self.lock:
+            state, self.arrived.state = self.arrived.state, None
+            return state
 
     def done(self, figures: bytes = b"") -> None:
         """The data block is computed, and all of its cells are in."""
@@ -181,9 +223,14 @@ class Worker:
     def give_up(self) -> None:
         """The data block is not needed any more: nothing more of it comes."""
         with self.lock:
-            block, self.current = self.current, None
+            block, is_wanted = self.current, self.is_wanted
             assert block is not None
-            self._expect_no_more(block)
+            self.current = None
+            self._begun.discard(block)
+            if is_wanted:  # it was asked for again in the meantime
+                self._queue.insert(0, block)
+            else:
+                self._expect_no_more(block)
 
     # ------------------------------------------------------------------ messages
 
@@ -196,11 +243,15 @@ class Worker:
         kind = buffer.kind
         if kind is Kind.END:
             self.ended, self._last_round = content(buffer), buffer.round
-        elif kind is Kind.OWN:
-            self.own = as_blocks(content(buffer))
+        elif kind is Kind.OWN and buffer.round > self._own_round:
+            self.own, self._own_round = as_blocks(content(buffer)), buffer.round
         elif kind is Kind.STATE and buffer.round > self.round:
-            self.arrived.state = buffer
-            return
+            older, self.arrived.state = self.arrived.state, buffer
+            if older is None:
+                return
+            if older.round > buffer.round:
+                self.arrived.state, older = older, buffer
+            buffer = older
         elif buffer.round == self.round:
             self._handle(kind, buffer)
             if kind is Kind.RESULT and self.arrived.results.get(buffer.column) is buffer:
@@ -208,24 +259,27 @@ class Worker:
         self._pool.drop(buffer)
 
     def _handle(self, kind: Kind, buffer: Buffer) -> None:
-        block = buffer.lo
         if kind is Kind.RESULT:
             self.arrived.results.setdefault(buffer.column, buffer)
             if len(self.arrived.results) == len(self._columns):
                 self.arrived.whole_s = now_s()
         elif kind is Kind.OVER:
             self.arrived.figures = content(buffer)
-        elif kind is Kind.HELP:
-            self._queue.append(block)
-        elif kind is Kind.TAKEN:
-            if block in self._queue:
-                self._queue.remove(block)
-            self._expect_no_more(block)
-        elif kind is Kind.DROP:
+        elif buffer.column > self._told.get(buffer.lo, -1):
+            self._told[buffer.lo] = buffer.column
+            self._obey(kind, buffer.lo)
+
+    def _obey(self, kind: Kind, block: int) -> None:
+        if kind is Kind.HELP:
+            self._dropped.discard(block)
+            if block not in self._begun and block not in self._queue:
+                self._queue.append(block)
+            return
+        if kind is Kind.DROP:
             self._dropped.add(block)
-            if block in self._queue:
-                self._queue.remove(block)
-            self._expect_no_more(block)
+        if block in self._queue:
+            self._queue.remove(block)
+        self._expect_no_more(block)
 
     def _expect_no_more(self, block: int) -> None:
         for column, expected in enumerate(self._expected):
