@@ -31,8 +31,13 @@ HANG_S = 120.0
 _, RANKS = launched_size(os.environ)
 
 
+STDERR = pytest.StashKey[int]()
+"""The stderr that tests do not capture."""
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
+    config.stash[STDERR] = os.dup(2)
     if RANKS > 1 and join().rank > 0:
         # One rank reports for all; what the others print would be mixed into it.
         reporter = config.pluginmanager.get_plugin("terminalreporter")
@@ -47,7 +52,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    faulthandler.dump_traceback_later(HANG_S, exit=True, file=sys.__stderr__)
+    faulthandler.dump_traceback_later(HANG_S, exit=True, file=item.config.stash[STDERR])
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -173,15 +173,22 @@ class Coordinator:
 
     # ------------------------------------------------------------------ the main thread
 
+    @property
+    def knows_who_is_left(self) -> bool:
+        """Whether each rank has either been heard of lately, or counts as dead."""
+        silence, now = self._silence, self._now()
+        silent_s = [now - s for rank, s in self._heard_s.items() if rank not in self.dead]
+        return not any(silence.out_s < s <= silence.lost_s for s in silent_s)
+
     def end(self) -> bytes:
         """The run is over: tell all ranks. Returns the ranks that nobody need wait for."""
         now = self._now()
-        silent = {r for r, s in self._heard_s.items() if now - s > self._silence.out_s}
+        silent = {r for r, s in self._heard_s.items() if now - s > self._silence.lost_s}
         gone = as_bytes(sorted(self.dead | (silent & {*self._workers})))
         self._end = gone
         for rank in range(self._ranks):
             if rank not in self.dead:
-                self._say(Kind.END, rank, data=gone)
+                self._say_end(rank)
         return gone
 
     def take_behind(self) -> list[int]:
@@ -205,15 +212,21 @@ class Coordinator:
         if self._over and is_told:
             self._post(rank, self._pool.message(Kind.OVER, round_, data=self._over[1]))
         if self._end is not None:
-            self._say(Kind.END, rank, data=self._end)
+            self._say_end(rank)
             return
         if round_ > self._number:
             self._begin(round_, buffer.lo, trains, now)
         self._joined[rank] = round_
         if round_ < self._number - 1 or (round_ < self._number and not trains and not is_told):
             self.behind.add(rank)
-        if round_ == self._number and rank in self._index:
-            assert self._round is not None
+        assert self._round is not None
+        here = self._round.assignment.blocks, self._trains
+        if round_ == self._number and here != (buffer.lo, trains):
+            self.failure = (
+                f"rank {rank} is in {_told(buffer.lo, trains)} where others are in {_told(*here)}; "
+                "what a loop does must follow from `step_number` and `moved`"
+            )
+        elif round_ == self._number and rank in self._index:
             own = as_blocks(content(buffer))
             self._tell(self._round.joined(self._index[rank], own, now))
         if self._figures:
@@ -301,9 +314,20 @@ class Coordinator:
             rank, kind = self._workers[order.worker], _KIND[order.act]
             self._say(kind, rank, order.block, column=self._orders)
 
+    def _say_end(self, rank: int) -> None:
+        """With the last round of this rank, although others may have begun one more."""
+        assert self._end is not None
+        last = self._joined.get(self._roots[0], -1)
+        if rank not in self.dead:
+            self._post(rank, self._pool.message(Kind.END, last, data=self._end))
+
     def _say(self, kind: Kind, rank: int, lo: int = 0, column: int = 0, data: bytes = b"") -> None:
         if rank not in self.dead:
             self._post(rank, self._pool.message(kind, self._number, lo, column=column, data=data))
+
+
+def _told(blocks: int, trains: bool) -> str:
+    return f"{'a step' if trains else 'an evaluation'} of {blocks} data blocks"
 
 
 def evaluation_assignment(blocks: int, workers: int) -> Assignment:

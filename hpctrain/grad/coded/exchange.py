@@ -210,6 +210,8 @@ class Coded:
         self._round = -1
         self._trouble: str | None = None
         self._ended = False
+        self._is_left = False
+        """Whether the run has gone on to its end without this rank."""
         self._finished: dict[int, tuple[int, float]] = {}
         """By round: the step that it was, and when its last sum was there."""
         self._heard_s = dict.fromkeys(hands.roots, now_s())
@@ -274,7 +276,8 @@ class Coded:
             LostError: a root is dead, or data blocks were held by dead workers alone. Module and
                 optimizer are as the last step left them.
         """
-        self._help_those_behind()
+        if self._is_left:
+            return False
         self._trace_rounds(self._round - 1)
         self.moved = False
         self.exposed_s = 0.0
@@ -284,6 +287,7 @@ class Coded:
         for buffers in self._buffers:
             buffers.keep()
         self._round += 1
+        self._help_those_behind()
         worker = self.worker
         self._end_copies()
         worker.begin(self._round, self.blocks, self._all_columns if self._columns else ())
@@ -293,6 +297,7 @@ class Coded:
                     block = worker.next_block()
                     if block is None:
                         self._wait()
+                        self._help_those_behind()
                     else:
                         self._compute(block, read, loss, around)
         finally:  # whatever comes instead of results finds the module as it was
@@ -350,9 +355,11 @@ class Coded:
 
     def end(self) -> None:
         """The loop is over on this rank: wait until it is for the run. Ranks may leave then."""
-        if self.coordinator and not self._ended:
+        coordinator = self.coordinator
+        if coordinator and not self._ended:
+            self.engine.drive(lambda: coordinator.knows_who_is_left, WAIT_S)
             with self.engine.exclusive():
-                self.coordinator.end()
+                coordinator.end()
         self._mailbox.abandon()  # closed at the next meeting of all ranks, after what follows
         self.engine.drive(lambda: self.worker.ended is not None or self._has_trouble(), WAIT_S)
         self._raise_trouble()
@@ -577,7 +584,9 @@ class Coded:
         def something() -> bool:
             self._move_copies()
             new_layout = self._layout is not None and not self._columns
-            return worker.is_over or worker.has_work or new_layout or self._has_trouble()
+            helps = self.coordinator is not None and self.coordinator.behind and worker.trains
+            is_done = worker.is_over or worker.has_work or new_layout or helps
+            return bool(is_done) or self._has_trouble()
 
         self.engine.drive(something, WAIT_S)
         self.exposed_s += now_s() - begun_s
@@ -624,9 +633,14 @@ class Coded:
     # ------------------------------------------------------------------ ranks that fell behind
 
     def _help_those_behind(self) -> None:
-        """On the first root, before a step: send the present state to ranks that need it."""
-        if self.coordinator is None:
+        """On the first root, in a step: send the state before it to ranks that need it.
+
+        At once: the others may hold nothing of what those are to compute.
+        """
+        if self.coordinator is None or not self.coordinator.behind:
             return
+        for buffers in self._buffers:
+            buffers.restore()
         with self.engine.exclusive():
             behind = self.coordinator.take_behind()
         if behind:
@@ -644,7 +658,7 @@ class Coded:
             for rank in behind:
                 _log.info("rank %d fell behind: it goes on at step %d", rank, self.step_number + 1)
                 self._mailbox.send(
-                    rank, self._pool.message(Kind.STATE, self._round + 1, data=file.getvalue())
+                    rank, self._pool.message(Kind.STATE, self._round, data=file.getvalue())
                 )
 
     def _has_results(self) -> bool:
@@ -655,6 +669,7 @@ class Coded:
             return True
         buffer = worker.take_state()
         if buffer is None:
+            self._is_left = True
             return False
         state = torch.load(io.BytesIO(content(buffer)), weights_only=True)
         self.module.load_state_dict(state["module"])

@@ -68,6 +68,8 @@ class Worker:
         self._sums: list[Sum[Buffer]] = []
         self._blocks = 0
         self.round = -1
+        self.trains = True
+        """Whether the round is a step, and not an evaluation."""
         self.own: tuple[int, ...] = ()
         """The data blocks that it computes unless told otherwise."""
         self._queue: list[int] = []
@@ -112,7 +114,7 @@ class Worker:
                 self._pool.drop(state)
                 state = None
             self.arrived = Arrived({}, state=state)
-            self.round, self._blocks = round_, blocks
+            self.round, self._blocks, self.trains = round_, blocks, columns is not None
             mine = tuple(self.own if own is None else own)
             self._queue = list(mine)
             self._begun.clear()
