@@ -74,10 +74,16 @@ HOOK_POLL_S = 5e-5
 SPIN_S = 5e-4
 """How long a waiting thread polls without a sleep after the last time that something moved. Longer,
 and it takes the core from the kernel, which moves what comes over a network."""
+PATIENT_POLL_S = 2e-4
+"""Shortest sleep of a thread that waits for what may take long, on a core that ranks share."""
 WATCH_S = 0.05
 """Sleep of the engine's thread while it has nothing to move."""
 LISTEN_S = 2e-3
-"""Longest sleep while a mailbox is open, from which anything may come at any time."""
+"""Sleep between two polls while a mailbox is open, from which anything may come at any time; ..."""
+LONGEST_LISTEN_S = 8e-3
+"""... grows up to this while nothing comes: polls take the core from who computes."""
+LISTEN_GROWTH = 0.25
+"""By which part of `LISTEN_S` with each poll."""
 SWITCH_S = 2e-4
 """Interpreter switch interval: how long a pure-Python main thread may keep the progress thread
 from its poll. The default of 5 ms would leave the wire idle between polls."""
@@ -456,7 +462,8 @@ class Engine:
 
         Args:
             until: looked at after each poll.
-            longest_s: longest sleep between two polls, where what is waited for may take long.
+            longest_s: longest sleep between two polls, where what is waited for may take long; on a
+                core that ranks share, it does not spin then either.
         """
         moved_s = now_s()
         self._waiters += 1
@@ -476,7 +483,9 @@ class Engine:
 
     def _back_off(self, idle_s: float, longest_s: float = POLL_S) -> None:
         """Leave the core to ranks that compute, and to the kernel."""
-        if idle_s > SPIN_S:
+        if self._shares_core and longest_s > POLL_S:
+            time.sleep(min(max(PATIENT_POLL_S, idle_s / 8), longest_s))
+        elif idle_s > SPIN_S:
             # What is under way needs polls of both sides, though it counts only when it is there.
             is_idle = not any(listener.in_flight for listener in self._listeners)
             time.sleep(min(max(POLL_S, idle_s / 8), longest_s) if is_idle else POLL_S)
@@ -512,7 +521,8 @@ class Engine:
                     elif self.busy or any(listener.in_flight for listener in self._listeners):
                         time.sleep(pace.pause_s)
                     else:
-                        time.sleep(LISTEN_S)
+                        pause_s = LISTEN_S * (1 + LISTEN_GROWTH * quiet)
+                        time.sleep(min(pause_s, LONGEST_LISTEN_S))
                 else:
                     pace.interrupt()
                     self._wake.wait(WATCH_S)

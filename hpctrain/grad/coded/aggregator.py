@@ -141,9 +141,9 @@ class Aggregator:
         So no rank can be two rounds ahead of a root, which could not keep up with what it holds.
         """
         if self._has_begun(sums.round):
-            for rank, round_ in self._joined.items():
-                if round_ == sums.round:
-                    self._send(rank, sums, column)
+            ready = [rank for rank, round_ in self._joined.items() if round_ == sums.round]
+            for rank in sorted(ready, key=self._rank.__eq__):  # its own is a copy: last
+                self._send(rank, sums, column)
 
     def _has_begun(self, round_: int) -> bool:
         return self._joined.get(self._rank, -1) >= round_

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from math import inf
@@ -201,13 +201,15 @@ class Round:
     def decide(self, now: float) -> list[Order]:
         """Ask workers that have nothing to do for data blocks that would come too late."""
         orders: list[Order] = []
-        if not self._paces.known and not self.done_by:
-            return orders  # nobody knows how long a data block takes
-        for worker, progress in enumerate(self._progress):
-            if progress.joined and not progress.waiting and worker not in self.out:
-                block = self._choice(worker, now)
-                if block is not None:
-                    orders += self._ask(worker, block, now)
+        idle = [w for w, p in enumerate(self._progress) if p.joined and not p.waiting]
+        if not idle or not (self._paces.known or self.done_by):
+            return orders  # nobody could help, or nobody knows how long a data block takes
+        first_s = self._first_s(now)
+        for worker in idle:
+            block = self._choice(worker, first_s, now) if worker not in self.out else None
+            if block is not None:
+                orders += self._ask(worker, block, now)
+                first_s = self._first_s(now)
         return orders
 
     def expected_s(self, worker: int, now: float) -> list[tuple[int, float]]:
@@ -235,16 +237,24 @@ class Round:
         took_s = self._progress[worker].took_s
         return statistics.fmean(took_s) if took_s else self._paces.of(worker)
 
-    def _choice(self, worker: int, now: float) -> int | None:
-        """The data block that the worker should compute as well: the one that would come last."""
-        mine_s = now + self._pace(worker) * (1 + MARGIN)
-        first_s = {b: inf for b in self.assignment.held(worker) if b not in self.done_by}
-        for other in range(self.assignment.workers):
-            for block, expected_s in self.expected_s(other, now):
+    def _first_s(self, now: float) -> dict[int, float]:
+        """When the first has each data block that is not there yet."""
+        blocks = range(self.assignment.blocks)
+        first_s = {block: inf for block in blocks if block not in self.done_by}
+        for worker in range(self.assignment.workers):
+            for block, expected_s in self.expected_s(worker, now):
                 if block in first_s:
                     first_s[block] = min(expected_s, first_s[block])
+        return first_s
+
+    def _choice(self, worker: int, first_s: Mapping[int, float], now: float) -> int | None:
+        """The data block that the worker should compute as well: the one that would come last."""
+        mine_s = now + self._pace(worker) * (1 + MARGIN)
+        holders = self.assignment.holders
         late = [
-            (expected_s, -block) for block, expected_s in first_s.items() if expected_s > mine_s
+            (expected_s, -block)
+            for block, expected_s in first_s.items()
+            if expected_s > mine_s and worker in holders[block]
         ]
         return -max(late)[1] if late else None
 
