@@ -36,7 +36,9 @@ class Kind(IntEnum):
     """The worker is to compute data block lo as well. Orders about a data block are numbered in
     `column`: the last one holds."""
     TAKEN = 6
-    """Another worker computes data block lo as well: do not begin it, do not hold sums back."""
+    """Another worker computes data block lo as well: go on with it, but do not hold sums back."""
+    LEAVE = 15
+    """Another worker computes data block lo: do not begin it, do not hold sums back."""
     DROP = 7
     """Data block lo is there: give it up."""
     OWN = 8
@@ -53,8 +55,6 @@ class Kind(IntEnum):
     """The run is over; behind it, the ranks that are dead."""
     BEAT = 14
     """The sender lives."""
-    LOST = 15
-    """The run cannot go on; behind it, why."""
     BEHIND = 16
     """The sender has no results of round `round` any more, which rank lo has begun only now."""
 

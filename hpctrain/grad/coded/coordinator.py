@@ -19,7 +19,12 @@ from hpctrain.grad.coded.worker import Post, as_blocks, as_bytes
 DECIDE_S = 1e-3
 """Shortest time between two looks for workers that should be helped."""
 
-_KIND = {Act.HELP: Kind.HELP, Act.TAKEN: Kind.TAKEN, Act.DROP: Kind.DROP}
+_KIND = {
+    Act.HELP: Kind.HELP,
+    Act.TAKEN: Kind.TAKEN,
+    Act.LEAVE: Kind.LEAVE,
+    Act.DROP: Kind.DROP,
+}
 _log = logging.getLogger("hpctrain")
 
 

@@ -37,7 +37,9 @@ class Act(Enum):
     HELP = "help"
     """Compute the data block as well."""
     TAKEN = "taken"
-    """Another worker computes it as well."""
+    """Another worker computes it as well, ahead of this one or not: go on with it."""
+    LEAVE = "leave"
+    """Another worker computes it: do not begin it."""
     DROP = "drop"
     """It is there: give it up."""
 
@@ -166,7 +168,7 @@ class Round:
         }
         progress.own = [b for b in own if b not in self.done_by and b not in others]
         return [
-            Order(Act.DROP if block in self.done_by else Act.TAKEN, worker, block)
+            Order(Act.DROP if block in self.done_by else Act.LEAVE, worker, block)
             for block in own
             if block not in progress.own
         ]
@@ -264,11 +266,14 @@ class Round:
         progress.helps.append(block)
         progress.since_s = now
         orders = [Order(Act.HELP, worker, block)]
-        orders += [Order(Act.TAKEN, w, block) for w in at_it if self._progress[w].joined]
-        for other in at_it:  # who has not begun it leaves it to the one who was asked
-            waiting = self._progress[other].own
-            if block in waiting and waiting[0] != block:
-                waiting.remove(block)
+        for other in at_it:
+            theirs = self._progress[other]
+            act = Act.TAKEN
+            if block in theirs.own and theirs.own[0] != block:  # it has not begun it
+                theirs.own.remove(block)
+                act = Act.LEAVE
+            if theirs.joined:
+                orders.append(Order(act, other, block))
         return orders
 
     def _is_there(self, block: int, worker: int, now: float) -> list[Order]:

@@ -279,7 +279,8 @@ class Worker:
             return
         if kind is Kind.DROP:
             self._dropped.add(block)
-        if block in self._queue:
+        # Not if it is only taken: the one who was asked first might leave it to this one as well.
+        if kind is not Kind.TAKEN and block in self._queue:
             self._queue.remove(block)
         self._expect_no_more(block)
 

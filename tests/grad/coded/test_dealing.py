@@ -266,7 +266,7 @@ def test_the_straggler_is_told_what_others_do() -> None:
     assert not clock.decide(1)
     clock.done(0, 1, now=2)
     # Worker 2 is at block 4, and 1 s late: the one behind it is expected last.
-    assert clock.decide(2) == orders((Act.HELP, 0, 5), (Act.TAKEN, 2, 5))
+    assert clock.decide(2) == orders((Act.HELP, 0, 5), (Act.LEAVE, 2, 5))
     clock.done(1, 3, now=2)
     # Then at block 4, which it may well finish first. It goes on.
     assert clock.decide(2) == orders((Act.HELP, 1, 4), (Act.TAKEN, 2, 4))
@@ -414,7 +414,7 @@ def test_late_ones_need_not_compute_what_is_there_or_taken() -> None:
     assert clock.decide(3) == orders((Act.HELP, 0, 8), (Act.HELP, 1, 7))
     clock.done(0, 8, now=4)
     said = clock.round.joined(2, [6, 7, 8], 4.0)
-    assert {*said} == orders((Act.DROP, 2, 8), (Act.TAKEN, 2, 7))
+    assert {*said} == orders((Act.DROP, 2, 8), (Act.LEAVE, 2, 7))
     assert clock.round.expected_s(2, 4.0) == [(6, 5.0)]
     assert clock.done(1, 7, now=4.2) == set()  # who has not begun it need not be told again
     clock.round.went_out(0)
