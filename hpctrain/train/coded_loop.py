@@ -60,6 +60,8 @@ class CodedTrainer(Trainer):
             block_bytes=settings.exchange.block_bytes,
         )
         self._alone = self.coded.engine.alone("checkpoints")
+        self._estimates: dict[int, tuple[float, float]] = {}
+        """By step: the share of the samples that it was made from, and its relative error."""
         self._launch = broadcast(self.control, secrets.token_hex(4), label="launch")
         samples = self.coded.samples
         self._firsts = [sum(samples[:block]) for block in range(len(samples))]
@@ -131,6 +133,8 @@ class CodedTrainer(Trainer):
             norm = self._update(torch.tensor(coded.loss))
         self.step_number = coded.step_number
         self._pending.append(StepFigures(coded.loss, norm, coded.exposed_s, now_s() - begun_s))
+        if self.settings.coded.deadline_s:
+            self._estimates[self.step_number] = coded.covered, coded.error / norm if norm else 0.0
         late = LATE_STEPS if self.world.is_root else 0
         if self._session_steps() >= self.settings.run.trace_steps + late:
             self.world.trace.active = False
@@ -221,6 +225,26 @@ class CodedTrainer(Trainer):
             for f in self._pending
         ]
         return np.array(rows)
+
+    def _more_figures(self, step: int) -> dict[str, float]:
+        """Of how much of the data the gradient was made, and its relative standard error."""
+        if step not in self._estimates:
+            return {}
+        covered, error = self._estimates[step]
+        return {"covered": covered, "gradient_error": error}
+
+    def _report(self) -> None:
+        """As of every run; and how exact the gradients were."""
+        super()._report()
+        partial = [found for found in self._estimates.values() if found[0] < 1]
+        if partial:
+            covered, errors = zip(*partial, strict=True)
+            self.console.say(
+                f"{len(partial)} of the last {len(self._estimates)} steps were estimated at the "
+                f"deadline, from {min(covered):.0%} of the samples or more; standard error of the "
+                f"gradient up to {max(errors):.2g} of its norm"
+            )
+        self._estimates.clear()
 
     def _rescue(self) -> None:
         """Save the last step that is whole, on the first rank that comes to it."""

@@ -511,6 +511,11 @@ class Trainer:
             )
         )
 
+    def _more_figures(self, step: int) -> dict[str, float]:
+        """What else is written down of a step."""
+        del step
+        return {}
+
     def _sum_figures(self) -> np.ndarray:
         """The figures of the last steps, one row a step, added up over ranks. Collective."""
         self.model.wait_for_gradients()  # a report is a meeting of all ranks anyway
@@ -532,6 +537,7 @@ class Trainer:
             samples_per_s=self._samples_per_s(total),
             step_s=total.step_s / ranks,
             exposed_s=total.exposed_s / ranks,
+            **self._more_figures(step),
         )
 
     def _samples_per_s(self, total: StepFigures) -> float:

@@ -7,12 +7,13 @@ are on their way.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from hpctrain.grad.coded.cells import Buffer, Kind, Pool
-from hpctrain.grad.coded.sums import Node, Sum, tree_of
-from hpctrain.grad.coded.worker import Column, Post
+from hpctrain.grad.coded.schemes import Column, Scheme, Vote, Whole, WholeSum
+from hpctrain.grad.coded.sums import Node, tree_of
+from hpctrain.grad.coded.worker import Post
 
 KEPT = 64
 """Rounds whose tally is kept until somebody takes it out."""
@@ -32,7 +33,7 @@ class Tally:
 @dataclass
 class _RoundSums:
     round: int
-    sums: dict[int, Sum[Buffer]]
+    sums: dict[int, Whole]
     tally: Tally
     totals: dict[int, Buffer] = field(default_factory=dict)
 
@@ -42,18 +43,36 @@ class Aggregator:
 
     Args:
         rank: this rank.
+        workers: ranks that compute, in the order of the scheme's workers.
         post: sends.
         pool: of buffers.
-        blocks: data blocks of a round.
+        scheme: what is sent.
+        samples: of each data block of a round.
+        deadline_s: after it, a sum is estimated from what is there; 0 for never.
         first_root: the rank that hears of ranks whose results are gone.
     """
 
-    def __init__(self, rank: int, post: Post, pool: Pool, blocks: int, first_root: int = 0) -> None:
+    def __init__(
+        self,
+        rank: int,
+        workers: Sequence[int],
+        post: Post,
+        pool: Pool,
+        scheme: Scheme,
+        samples: Sequence[int],
+        deadline_s: float = 0.0,
+        first_root: int = 0,
+    ) -> None:
         self._rank = rank
+        self._index = {rank: index for index, rank in enumerate(workers)}
         self._first_root = first_root
         self._post = post
         self._pool = pool
-        self._blocks = blocks
+        self._scheme = scheme
+        self._samples = tuple(samples)
+        self._deadline_s = deadline_s
+        self._begun_s: tuple[int, float] = (-1, 0.0)
+        """The round that any rank has begun last, and when the first did."""
         self._columns: Sequence[Column] = ()
         self._mine: list[int] = []
         self._now: _RoundSums | None = None
@@ -80,29 +99,64 @@ class Aggregator:
             self._waiting.append((source, buffer))
             return
         sums = self._sums_of(buffer.round)
-        if sums is None or buffer.column in sums.totals:
-            self.late += sums is None
-            if sums:
-                sums.tally.dropped += 1
-                sums.tally.nbytes += buffer.payload.numel()
+        if sums is None:
+            self.late += 1
             self._pool.drop(buffer)
             return
         column, node = buffer.column, Node(buffer.lo, buffer.hi)
         sums.tally.nbytes += buffer.payload.numel()
         sum_ = sums.sums[column]
-        if not sum_.put(node, buffer):
+        if column in sums.totals and not isinstance(sum_, Vote):  # which compares late ones too
+            sums.tally.dropped += 1
+            self._pool.drop(buffer)
+            return
+        if not sum_.put(self._index[source], node, buffer):
             sums.tally.dropped += 1
         elif column == self._mine[0]:
             for block in range(*node):
                 sums.tally.sources.setdefault(block, source)
-        if sum_.total is not None:
-            sums.totals[column] = sum_.nodes.popitem()[1]
+        total = sum_.take_total()
+        if total is not None:
+            sums.totals[column] = total
             self._announce(sums, column)
 
-    def joined(self, rank: int, round_: int) -> None:
+    def tick(self, now: float) -> None:
+        """Look at the clock: estimate sums that are not whole in time."""
+        round_, begun_s = self._begun_s
+        if not self._deadline_s or now - begun_s < self._deadline_s or not self._now:
+            return
+        if self._now.round == round_:
+            for number in self._mine:
+                if number not in self._now.totals:
+                    self._estimate(self._now, number)
+
+    def _estimate(self, sums: _RoundSums, column: int) -> None:
+        whole = sums.sums[column]
+        assert isinstance(whole, WholeSum)
+        estimate = whole.take_estimate(self._samples)
+        if estimate is not None:
+            total = estimate.total
+            total.write(Kind.RESULT, sums.round, column, loss=total.loss)
+            total.estimates(estimate.covered, estimate.variance)
+            sums.totals[column] = total
+            self._announce(sums, column)
+
+    def undecided(self, dead: Collection[int]) -> list[tuple[int, Node]]:
+        """Model blocks and data blocks of which copies differ, without hope of a majority."""
+        gone = {self._index[rank] for rank in dead if rank in self._index}
+        return [
+            (column, node)
+            for column, whole in (self._now.sums if self._now else {}).items()
+            if isinstance(whole, Vote)
+            for node in whole.undecided(gone)
+        ]
+
+    def joined(self, rank: int, round_: int, now: float = 0.0) -> None:
         """A rank has begun a training round: it takes results of that round from now on."""
         if round_ <= self._joined.get(rank, -1):
             return  # overtaken by the next one
+        if round_ > self._begun_s[0]:
+            self._begun_s = round_, now
         self._joined[rank] = round_
         for sums in (self._now, self._before):
             if sums and sums.round == round_:
@@ -125,10 +179,12 @@ class Aggregator:
                 for sum_ in self._now.sums.values():
                     sum_.clear()
             self._before = self._now
-            tree = tree_of(self._blocks)
+            tree = tree_of(len(self._samples))
             drop = self._pool.drop
             self._now = _RoundSums(
-                round_, {n: Sum(tree, self._columns[n].add, drop) for n in self._mine}, Tally()
+                round_,
+                {n: self._scheme.whole(n, self._columns[n], tree, drop) for n in self._mine},
+                Tally(),
             )
             self.tallies[round_] = self._now.tally
             for old in [number for number in self.tallies if number <= round_ - KEPT]:
@@ -150,13 +206,13 @@ class Aggregator:
 
     def _send(self, rank: int, sums: _RoundSums, column: int) -> None:
         total = sums.totals[column]
+        if total.kind is not Kind.RESULT:
+            total.write(Kind.RESULT, sums.round, column, loss=total.loss)
         if rank == self._rank:  # which may change its gradients while others still read theirs
             copy = self._pool.take(total.payload.numel())
             copy.whole.copy_(total.whole)
-            self._post(rank, copy.write(Kind.RESULT, sums.round, column, loss=total.loss))
+            self._post(rank, copy)
             return
-        if total.kind is not Kind.RESULT:
-            total.write(Kind.RESULT, sums.round, column, loss=total.loss)
         self._pool.hold(total)
         self._post(rank, total)
 

@@ -85,7 +85,7 @@ class Buffer:
     ) -> Buffer:
         """Set the header."""
         self._words[:5] = kind, round_, column, lo, hi
-        self._floats[5] = loss
+        self._floats[5:] = loss, 1.0, 0.0
         return self
 
     @property
@@ -126,6 +126,20 @@ class Buffer:
     @loss.setter
     def loss(self, value: float) -> None:
         self._floats[5] = value
+
+    @property
+    def covered(self) -> float:
+        """Of a result: the share of the samples that it was made from."""
+        return float(self._floats[6])
+
+    @property
+    def variance(self) -> float:
+        """Of a result that was made from some samples: of all its elements together."""
+        return float(self._floats[7])
+
+    def estimates(self, covered: float, variance: float) -> None:
+        """It is a result that was made from some samples only."""
+        self._floats[6:] = covered, variance
 
     def numbers(self, dtype: torch.dtype) -> torch.Tensor:
         """The payload as elements of `dtype`."""

@@ -8,7 +8,9 @@ such as batch-norm statistics, travels in columns of its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import struct
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from torch import nn
 from hpctrain.comm.device import Device, Event
 from hpctrain.grad.blocks import layout, slab_size, usable, view_like
 from hpctrain.grad.coded.cells import Buffer, add_cells
+from hpctrain.grad.coded.sums import Node
 
 
 class GradientColumn:
@@ -53,6 +56,7 @@ class GradientColumn:
         self._real_itemsize = dtype.itemsize
         self.nbytes = count * self.dtype.itemsize
         self.add = add_cells(self.dtype)
+        self.is_linear = True
         self._there: Any = None
         self._own_views: dict[Any, Any] = {}
         self._copied: Event | None = None
@@ -78,6 +82,24 @@ class GradientColumn:
             lambda: here.copy_(there, non_blocking=True), "out", (ready,)
         )
         return self._copied
+
+    def scale(self, cell: Buffer, factor: float) -> None:
+        """Multiply a cell, with its loss."""
+        cell.numbers(self.dtype).mul_(factor)
+        cell.loss *= factor
+
+    def views(self, cell: Buffer) -> Sequence[torch.Tensor]:
+        """The gradients in a cell, in the dtype of sums."""
+        return self._parts(cell, cell.numbers(self.dtype))[0]
+
+    def digest(self, cell: Buffer) -> bytes:
+        """Of gradients, flags and loss; what lies between them says nothing."""
+        views, flags = self._parts(cell, cell.numbers(self.dtype))
+        return digest_of([*views, flags], cell.loss)
+
+    def can_lack(self, blocks: Collection[Node]) -> bool:
+        """Gradients of some data blocks, scaled, can stand for all."""
+        return bool(blocks)
 
     @property
     def adds(self) -> bool:
@@ -178,6 +200,7 @@ class BufferColumn:
         self.root = root
         self._module = module
         self._names = tuple(names)
+        self.is_linear = False
         self._averages = dtype.is_floating_point
         self._dtype = torch.float64 if dtype.is_floating_point else torch.int64
         self.add = add_cells(self._dtype)
@@ -211,9 +234,34 @@ class BufferColumn:
             for buffer, part in zip(buffers, parts, strict=True):
                 buffer.copy_(part.view(buffer.shape))
 
+    def scale(self, cell: Buffer, factor: float) -> None:
+        """Multiply a cell, if it is part of a mean."""
+        if self._averages:
+            cell.numbers(self._dtype).mul_(factor)
+
+    def views(self, cell: Buffer) -> Sequence[torch.Tensor]:
+        """All numbers in a cell."""
+        return [cell.numbers(self._dtype)]
+
+    def digest(self, cell: Buffer) -> bytes:
+        """Of all numbers in a cell."""
+        return digest_of(self.views(cell), cell.loss)
+
+    def can_lack(self, blocks: Collection[Node]) -> bool:
+        """Buffers that are not averaged are those of data block 0."""
+        return self._averages or any(node.lo == 0 for node in blocks)
+
     def _buffers(self) -> list[torch.Tensor]:
         named = dict(self._module.named_buffers())
         return [named[name].detach() for name in self._names]
+
+
+def digest_of(tensors: Sequence[torch.Tensor], loss: float) -> bytes:
+    """The same for the same bits only."""
+    made = hashlib.blake2b(struct.pack("d", loss), digest_size=16)
+    for tensor in tensors:
+        made.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return made.digest()
 
 
 def buffer_columns(module: nn.Module, root: int) -> list[BufferColumn]:

@@ -14,6 +14,7 @@ from hpctrain.grad.coded.aggregator import Figures
 from hpctrain.grad.coded.assignment import Assignment, lost, place
 from hpctrain.grad.coded.cells import Buffer, Kind, Pool, content
 from hpctrain.grad.coded.dealing import Act, Order, Owners, Paces, Round
+from hpctrain.grad.coded.schemes import Scheme
 from hpctrain.grad.coded.worker import Post, as_blocks, as_bytes
 
 DECIDE_S = 1e-3
@@ -57,7 +58,7 @@ class Coordinator:
         pool: of buffers.
         workers: the ranks that compute, in the order of the assignment's workers.
         ranks: number of all ranks.
-        assignment: who holds which data blocks of a training round.
+        scheme: what is sent, and who holds which data blocks of a training round.
         now: the clock, in seconds.
         silence: how long ranks may say nothing.
         roots: ranks without which the run cannot go on.
@@ -70,7 +71,7 @@ class Coordinator:
         pool: Pool,
         workers: Sequence[int],
         ranks: int,
-        assignment: Assignment,
+        scheme: Scheme,
         now: Callable[[], float],
         silence: Silence,
         roots: Sequence[int],
@@ -84,8 +85,9 @@ class Coordinator:
         self._now = now
         self._silence = silence
         self._roots = tuple(roots)
-        self._relearn = relearn
-        self._owners = Owners(assignment)
+        self._scheme = scheme
+        self._relearn = relearn and scheme.relearns
+        self._owners = Owners(scheme.assignment)
         self._paces = {True: Paces(len(workers)), False: Paces(len(workers))}
         self._round: Round | None = None
         self._number = -1
@@ -109,6 +111,8 @@ class Coordinator:
         self.ended: list[Ended] = []
         """Training rounds that are over, for whoever takes them out."""
         self._end: bytes | None = None
+        self._last = -1
+        """The last round, once the run is over."""
 
     # ------------------------------------------------------------------ messages
 
@@ -185,8 +189,13 @@ class Coordinator:
         silent_s = [now - s for rank, s in self._heard_s.items() if rank not in self.dead]
         return not any(silence.out_s < s <= silence.lost_s for s in silent_s)
 
-    def end(self) -> bytes:
-        """The run is over: tell all ranks. Returns the ranks that nobody need wait for."""
+    def end(self, has_failed: bool) -> bytes:
+        """The run is over: tell all ranks. Returns the ranks that nobody need wait for.
+
+        Args:
+            has_failed: there will be no results of the present round.
+        """
+        self._last = self._joined.get(self._roots[0], -1) - has_failed
         now = self._now()
         silent = {r for r, s in self._heard_s.items() if now - s > self._silence.lost_s}
         gone = as_bytes(sorted(self.dead | (silent & {*self._workers})))
@@ -255,9 +264,13 @@ class Coordinator:
                     self._tell_owners()
         self._number, self._trains = round_, trains
         workers = len(self._workers)
-        assignment = self._owners.assignment if trains else evaluation_assignment(blocks, workers)
         self._figures = None if trains else Figures(blocks)
-        self._round = Round(assignment, self._paces[trains], now, out)
+        if trains:
+            dealt = self._owners.assignment
+            self._round = self._scheme.round(dealt, self._paces[True], now, out)
+        else:
+            dealt = evaluation_assignment(blocks, workers)
+            self._round = Round(dealt, self._paces[False], now, out)
         early, self._early = self._early, []
         for source, buffer in early:
             self.receive(source, buffer)
@@ -298,8 +311,8 @@ class Coordinator:
         }
         if not gone:
             return
-        assignment = self._round.assignment
-        missing = [b for b in lost(assignment, gone) if b not in self._round.done_by]
+        find = self._scheme.lost if self._trains else lost
+        missing = [b for b in find(self._round.assignment, gone) if b not in self._round.done_by]
         if missing:
             shown = ", ".join(map(str, missing[:8])) + (" ..." if missing[8:] else "")
             who = ", ".join(str(self._workers[index]) for index in sorted(gone))
@@ -322,9 +335,8 @@ class Coordinator:
     def _say_end(self, rank: int) -> None:
         """With the last round of this rank, although others may have begun one more."""
         assert self._end is not None
-        last = self._joined.get(self._roots[0], -1)
         if rank not in self.dead:
-            self._post(rank, self._pool.message(Kind.END, last, data=self._end))
+            self._post(rank, self._pool.message(Kind.END, self._last, data=self._end))
 
     def _say(self, kind: Kind, rank: int, lo: int = 0, column: int = 0, data: bytes = b"") -> None:
         if rank not in self.dead:

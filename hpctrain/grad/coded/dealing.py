@@ -292,6 +292,43 @@ class Round:
         return Order(Act.DROP, worker, block)
 
 
+class FixedRound(Round):
+    """A round in which everyone computes what it has, whoever else does: nobody is asked for more.
+
+    Args:
+        own: data blocks of each worker.
+    """
+
+    def __init__(
+        self,
+        assignment: Assignment,
+        paces: Paces,
+        begun_s: float,
+        dead: Sequence[int],
+        own: Sequence[Sequence[int]],
+    ) -> None:
+        super().__init__(assignment, paces, begun_s, dead)
+        for progress, blocks in zip(self._progress, own, strict=True):
+            progress.own = list(blocks)
+
+    def joined(self, worker: int, own: Sequence[int], now: float) -> list[Order]:
+        """A worker begins."""
+        progress = self._progress[worker]
+        progress.joined, progress.since_s, progress.own = True, now, list(own)
+        self.out.discard(worker)
+        return []
+
+    def decide(self, now: float) -> list[Order]:
+        """Nothing."""
+        del now
+        return []
+
+    def _is_there(self, block: int, worker: int, now: float) -> list[Order]:
+        del now
+        self.done_by[block] = worker
+        return []
+
+
 class Owners:
     """Learns who should own which data blocks.
 

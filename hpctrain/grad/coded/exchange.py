@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import json
 import logging
+import math
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -21,14 +22,16 @@ from hpctrain.comm.engine import engine_of
 from hpctrain.comm.mailbox import Mailbox
 from hpctrain.config import check, option
 from hpctrain.data.generators import kept_generators, seed_by
-from hpctrain.errors import ExchangeError, HpctrainError
+from hpctrain.errors import ExchangeError, HpctrainError, JobError
 from hpctrain.grad import replicas
 from hpctrain.grad.blocks import partition
 from hpctrain.grad.coded.aggregator import Aggregator
-from hpctrain.grad.coded.assignment import PLACEMENTS, Assignment, certify, place
+from hpctrain.grad.coded.assignment import PLACEMENTS, Assignment
 from hpctrain.grad.coded.cells import HEADER_BYTES, Buffer, Kind, Pool, balanced, content
 from hpctrain.grad.coded.columns import BufferColumn, GradientColumn, buffer_columns
 from hpctrain.grad.coded.coordinator import Coordinator, Silence, evaluation_assignment
+from hpctrain.grad.coded.schemes import SCHEMES, scheme_of
+from hpctrain.grad.coded.sums import Node
 from hpctrain.grad.coded.worker import Worker, as_blocks
 from hpctrain.trace import CODED, DATA_BLOCKS, now_s
 from hpctrain.world import World, join
@@ -41,7 +44,6 @@ ROOT_LOST_S = 10.0
 """A root that is silent for so long is dead, where the MPI library does not say."""
 WAIT_S = 5e-4
 """Longest sleep between two polls of a rank that waits."""
-BLOCKS_A_WORKER = 4
 
 _NONE = object()
 """Stands for a subset where there is none."""
@@ -75,8 +77,15 @@ class CodedConfig:
     """Any so many workers must hold a complete set, which is certified at the start; 0 for what
     `copies` gives."""
     placement: str = option("spread", choices=PLACEMENTS)
-    """Where the backups of a worker's data blocks lie: on as many other workers as possible, on the
-    next ones, or all on those of its group (fractional repetition)."""
+    """Where the backups of a worker's data blocks lie, if it sends sums: on as many other workers
+    as possible, on the next ones, or all on those of its group (fractional repetition)."""
+    sends: str = option("sums", choices=SCHEMES)
+    """What workers send: sums over data blocks; one coded vector a worker, which is exact up to
+    rounding (cyclic MDS code); or copies of everything, to vote on, which names a rank that sends
+    wrong gradients (3 copies or more, each computed in any case)."""
+    deadline_s: float = option(0.0, minimum=0)
+    """After so many seconds a step goes on with an unbiased estimate from what is there, and tells
+    its error; 0 to wait for the exact gradient."""
     root: str = option("working", choices=("working", "dedicated"))
     """Whether the ranks that add up compute data blocks as well."""
     aggregators: int = option(1, minimum=1)
@@ -91,6 +100,14 @@ class CodedConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        if self.deadline_s and self.sends != "sums":
+            raise JobError(
+                "coded.deadline_s: sums can be estimated only from sums of data blocks",
+                value=self.deadline_s,
+                allowed="0",
+                fix="remove it, or set coded.sends = 'sums'",
+                everywhere=True,
+            )
 
 
 @dataclass(frozen=True)
@@ -171,12 +188,15 @@ class Coded:
         rank, size = self.world.rank, self.world.size
         hands = self.hands = Hands.of(config, size)
         workers = len(hands.workers)
-        blocks = config.blocks or BLOCKS_A_WORKER * workers
         copies = min(config.copies, workers)
-        self.assignment = assignment or place(config.placement, blocks, workers, copies)
+        self._scheme = scheme_of(
+            config.sends, config.placement, config.blocks, workers, copies, assignment
+        )
+        self._scheme.wrong = self._name_wrong
+        self.assignment = self._scheme.assignment
         self.blocks = self.assignment.blocks
-        enough = config.enough or workers - self.assignment.copies + 1
-        self.certificate = certify(self.assignment, max(0, workers - enough))
+        enough = config.enough or self._scheme.fewest
+        self.certificate = self._scheme.certificate(enough)
         if callable(samples):
             samples = samples(self.blocks)
         self.samples = tuple(samples) if samples else (1,) * self.blocks
@@ -204,6 +224,13 @@ class Coded:
         """Whether the last call did not compute but was moved on to where the others are."""
         self.loss = 0.0
         """The loss of the last step, summed over all data blocks."""
+        self.covered = 1.0
+        """Share of the samples that the last gradient was made from; below 1 after a deadline."""
+        self.error = 0.0
+        """Standard error of the last gradient as an estimate, as a Euclidean norm; NaN if too
+        little was there to tell."""
+        self.wrong: Counter[int] = Counter()
+        """By rank: how often it sent something else than most. On a root."""
         self.exposed_s = 0.0
         """How long this rank had nothing to compute in the last step."""
         self._begun_blocks = -1
@@ -221,16 +248,21 @@ class Coded:
         self.engine.tolerate_deaths()
         self._mailbox = Mailbox(self.engine, _Desk(self))
         post = self._mailbox.send
-        self.worker = Worker(post, self._pool, hands.roots)
-        if rank in hands.workers:
-            self.worker.own = self.assignment.owned(hands.workers.index(rank))
-        self.aggregator = (
-            Aggregator(rank, post, self._pool, self.blocks) if rank in hands.roots else None
-        )
+        index = hands.workers.index(rank) if rank in hands.workers else -1
+        holds_back = not config.deadline_s  # else what is held back would be missing then
+        self.worker = Worker(post, self._pool, hands.roots, self._scheme, index, holds_back)
+        if index >= 0:
+            self.worker.own = self._scheme.own(index)
+        self.aggregator: Aggregator | None = None
+        if rank in hands.roots:
+            self.aggregator = Aggregator(
+                *(rank, hands.workers, post, self._pool, self._scheme, self.samples),
+                config.deadline_s,
+            )
         self.coordinator: Coordinator | None = None
         if rank == hands.roots[0]:
             self.coordinator = Coordinator(
-                *(post, self._pool, hands.workers, size, self.assignment, now_s),
+                *(post, self._pool, hands.workers, size, self._scheme, now_s),
                 Silence(config.silent_s, config.lost_s),
                 hands.roots,
                 config.relearn,
@@ -306,12 +338,19 @@ class Coded:
         if not self._has_results():
             return False
         self._finished[self._round] = self.step_number + 1, worker.arrived.whole_s
+        results = worker.arrived.results
         for column in self._all_columns:
-            copied = column.show(worker.arrived.results[column.index])
+            result = results[column.index]
+            if result.covered == 0:
+                continue  # an estimate that has nothing to go by
+            copied = column.show(result)
             if copied is not None:
                 self._shown.append(copied)
-        if worker.arrived.results:
-            self.loss = worker.arrived.results[0].loss
+        gradients = [results[column.index] for column in self._columns]
+        self.covered = min((result.covered for result in gradients), default=1.0)
+        self.error = math.sqrt(sum(result.variance for result in gradients))
+        if results:
+            self.loss = results[0].loss
         self.step_number += 1
         return True
 
@@ -359,7 +398,7 @@ class Coded:
         if coordinator and not self._ended:
             self.engine.drive(lambda: coordinator.knows_who_is_left, WAIT_S)
             with self.engine.exclusive():
-                coordinator.end()
+                coordinator.end(self._has_trouble())
         self._mailbox.abandon()  # closed at the next meeting of all ranks, after what follows
         self.engine.drive(lambda: self.worker.ended is not None or self._has_trouble(), WAIT_S)
         self._raise_trouble()
@@ -372,7 +411,7 @@ class Coded:
         config, workers = self.config, len(self.hands.workers)
         return (
             f"{self.blocks} data blocks on {workers} workers, {self.assignment.copies} copies "
-            f"({config.placement}), summed up by {len(self.hands.roots)} {config.root} root(s); "
+            f"({self._scheme.title}), summed up by {len(self.hands.roots)} {config.root} root(s); "
             f"{self.certificate}"
         )
 
@@ -614,6 +653,12 @@ class Coded:
     def _has_trouble(self) -> bool:
         if self.coordinator and self.coordinator.failure:
             self._trouble = self.coordinator.failure
+        if self.aggregator and self.config.sends == "vote" and self._trouble is None:
+            for column, node in self.aggregator.undecided(self._mailbox.dead):
+                self._trouble = (
+                    f"the copies of model block {column}, data blocks {node.lo} to {node.hi - 1}, "
+                    "differ, and no majority agrees"
+                )
         if self._trouble is None and self.world.rank not in self.hands.roots:
             for root, heard_s in self._heard_s.items():
                 if now_s() - heard_s > ROOT_LOST_S:
@@ -629,6 +674,14 @@ class Coded:
                 "coded.copies to tolerate more",
                 everywhere=True,
             )
+
+    def _name_wrong(self, worker: int, column: int, node: Node) -> None:
+        rank = self.hands.workers[worker]
+        self.wrong[rank] += 1
+        _log.warning(
+            "rank %d sent a wrong gradient of model block %d, data blocks %d to %d, in step %d",
+            *(rank, column, node.lo, node.hi - 1, self.step_number + 1),
+        )
 
     # ------------------------------------------------------------------ ranks that fell behind
 
@@ -729,14 +782,15 @@ class Coded:
             if not step or tally is None or not self.world.trace.active:
                 continue
             done_by = {block: ranks[worker] for block, worker in round_.done_by.items()}
+            sources = [tally.sources.get(b, done_by.get(b, -1)) for b in range(self.blocks)]
+            if -1 in sources:
+                continue  # an estimate: there is no time by which all data blocks were there
             self.world.trace.add(
                 *(CODED, "step", round_.begun_s, whole_s),
                 step=step,
                 round=round_.number,
                 holders=[[ranks[w] for w in holders] for holders in round_.assignment.holders],
-                sources=[
-                    tally.sources.get(block, done_by.get(block, -1)) for block in range(self.blocks)
-                ],
+                sources=sources,
                 redundant=[[block, ranks[worker]] for block, worker in round_.redundant],
                 vectors=tally.nbytes / sum(column.nbytes for column in here),
                 samples=list(self.samples),
@@ -775,7 +829,7 @@ class _Desk:
             coded.aggregator.receive(source, letter)
         elif kind in (Kind.JOIN, Kind.DONE, Kind.ORDER, Kind.BEAT, Kind.BEHIND):
             if kind is Kind.JOIN and letter.hi and coded.aggregator:
-                coded.aggregator.joined(source, letter.round)
+                coded.aggregator.joined(source, letter.round, now_s())
             if coded.coordinator:
                 coded.coordinator.receive(source, letter)
             else:
@@ -803,6 +857,8 @@ class _Desk:
         coded = self._coded
         if coded.coordinator:
             coded.coordinator.tick(now)
+        if coded.aggregator:
+            coded.aggregator.tick(now)
         deaf_s, coded._ticked_s = now - coded._ticked_s, now
         if deaf_s > BEAT_S:  # it is not the others that were silent
             coded._heard_s = {root: s + deaf_s for root, s in coded._heard_s.items()}

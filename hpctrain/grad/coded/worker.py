@@ -9,30 +9,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
 from hpctrain.grad.coded.cells import Buffer, Kind, Pool, content
-from hpctrain.grad.coded.sums import Node, Sum, tree_of
+from hpctrain.grad.coded.schemes import Column, Parts, Scheme
+from hpctrain.grad.coded.sums import Node, tree_of
 from hpctrain.trace import now_s
 
 Post = Callable[[int, Buffer], None]
 """Sends a message to a rank, which takes it over."""
-
-
-class Column(Protocol):
-    """A model block, as far as sums know it."""
-
-    root: int
-    """The rank that sums it up."""
-
-    @property
-    def nbytes(self) -> int:
-        """Size of its vectors."""
-
-    def add(self, left: Buffer, right: Buffer) -> None:
-        """Add the second cell to the first."""
 
 
 @dataclass
@@ -57,15 +43,29 @@ class Worker:
         post: sends.
         pool: of buffers.
         roots: the ranks that sum up; the first also says who computes what.
+        scheme: what is sent.
+        index: which worker this is.
+        holds_back: whether sums are sent only when they will not grow any more.
     """
 
-    def __init__(self, post: Post, pool: Pool, roots: Sequence[int]) -> None:
+    def __init__(
+        self,
+        post: Post,
+        pool: Pool,
+        roots: Sequence[int],
+        scheme: Scheme,
+        index: int = -1,
+        holds_back: bool = True,
+    ) -> None:
         self.lock = threading.Lock()
         self._post = post
         self._pool = pool
         self._roots = tuple(roots)
+        self._scheme = scheme
+        self._index = index
+        self._holds_back = holds_back
         self._columns: Sequence[Column] = ()
-        self._sums: list[Sum[Buffer]] = []
+        self._sums: list[Parts] = []
         self._blocks = 0
         self.round = -1
         self.trains = True
@@ -143,8 +143,9 @@ class Worker:
             old.clear()
         self._columns = columns
         tree = tree_of(self._blocks)
-        self._sums = [Sum(tree, column.add, self._pool.drop) for column in columns]
-        self._expected = [set(expected) for _ in columns]
+        drop = self._pool.drop
+        self._sums = [self._scheme.parts(column, tree, self._index, drop) for column in columns]
+        self._expected = [set(expected if self._holds_back else ()) for _ in columns]
 
     def next_block(self) -> int | None:
         """The data block to compute now, if there is one."""

@@ -12,7 +12,7 @@ import itertools
 import random
 import struct
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ from hpctrain.grad.coded.aggregator import Aggregator
 from hpctrain.grad.coded.assignment import place
 from hpctrain.grad.coded.cells import HEADER_BYTES, Buffer, Kind, Pool, content
 from hpctrain.grad.coded.coordinator import Coordinator, Silence, evaluation_assignment
+from hpctrain.grad.coded.schemes import Scheme, WholeSum
 from hpctrain.grad.coded.sums import Node, tree_of
 from hpctrain.grad.coded.worker import Worker
 
@@ -147,6 +148,20 @@ class Column:
         words(left)[:] += words(right)
         left.loss += right.loss
 
+    is_linear = True
+
+    def scale(self, cell: Buffer, factor: float) -> None:
+        raise NotImplementedError
+
+    def views(self, cell: Buffer) -> list[torch.Tensor]:
+        raise NotImplementedError
+
+    def digest(self, cell: Buffer) -> bytes:
+        raise NotImplementedError
+
+    def can_lack(self, blocks: Collection[Node]) -> bool:
+        raise NotImplementedError
+
 
 class Rank:
     """A rank: its own pool, its side of the protocol, and a main thread."""
@@ -173,17 +188,20 @@ class Rank:
         """The most memory in the first quarter of all rounds."""
         self.began_s = 0.0
         post = self.post
-        self.worker = Worker(post, self.pool, self.roots)
+        scheme = Scheme(network.assignment, "spread")
+        self.worker = Worker(post, self.pool, self.roots, scheme, self.index)
         if self.index >= 0:
             self.worker.own = network.assignment.owned(self.index)
         self.aggregator: Aggregator | None = None
         self.coordinator: Coordinator | None = None
         if number in self.roots:
             blocks = network.assignment.blocks
-            self.aggregator = Aggregator(number, post, self.pool, blocks)
+            self.aggregator = Aggregator(
+                number, self.workers, post, self.pool, scheme, (1,) * blocks
+            )
         if number == 0:
             self.coordinator = Coordinator(
-                *(post, self.pool, self.workers, scene.size, network.assignment),
+                *(post, self.pool, self.workers, scene.size, scheme),
                 lambda: network.now_s,
                 Silence(OUT_S, float("inf")),
                 self.roots,
@@ -253,7 +271,7 @@ class Rank:
                 if draw.random() < scene.stalls:  # the program, such as a checkpoint
                     yield draw.uniform(0, 2 * LONG_S)
         if self.coordinator:
-            self.coordinator.end()
+            self.coordinator.end(False)
         while self.worker.ended is None:
             yield -1
 
@@ -383,7 +401,8 @@ class Rank:
                 if sums:
                     found += sums.totals.values()
                     for one in sums.sums.values():
-                        found += one.nodes.values()
+                        assert isinstance(one, WholeSum)
+                        found += one.sum.nodes.values()
         if self.coordinator:
             found += [letter for _, letter in self.coordinator._early]
         return found
