@@ -233,18 +233,17 @@ class CodedTrainer(Trainer):
         covered, error = self._estimates[step]
         return {"covered": covered, "gradient_error": error}
 
-    def _report(self) -> None:
-        """As of every run; and how exact the gradients were."""
-        super()._report()
+    def _say_estimates(self) -> None:
+        """How exact the gradients of this session were, if not always."""
         partial = [found for found in self._estimates.values() if found[0] < 1]
         if partial:
             covered, errors = zip(*partial, strict=True)
+            known = [error for error in errors if not math.isnan(error)]
+            worst = f", standard error of the gradient up to {max(known):.2g} of its norm"
             self.console.say(
-                f"{len(partial)} of the last {len(self._estimates)} steps were estimated at the "
-                f"deadline, from {min(covered):.0%} of the samples or more; standard error of the "
-                f"gradient up to {max(errors):.2g} of its norm"
+                f"coded: {len(partial)} of {len(self._estimates)} steps were estimated at the "
+                f"deadline, from {min(covered):.0%} of the samples or more{worst if known else ''}"
             )
-        self._estimates.clear()
 
     def _rescue(self) -> None:
         """Save the last step that is whole, on the first rank that comes to it."""
@@ -265,4 +264,5 @@ class CodedTrainer(Trainer):
     def _part(self) -> str:
         """Wait until the run is over; whoever is late or dead is not waited for."""
         self.coded.end()
+        self._say_estimates()
         return "coded"
