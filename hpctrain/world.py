@@ -7,6 +7,7 @@ exception in one rank ends all of them.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import socket
@@ -141,6 +142,8 @@ class World:
             with contextlib.suppress(Exception):  # closed, or a pipe that nobody reads any more
                 stream.flush()
         time.sleep(FORWARD_S)
+        if _is_left_alone(self.comm):  # Open MPI 5.0.11's mpiexec would end with status 0
+            os._exit(int(code))
         self.comm.Abort(int(code))
 
 
@@ -183,6 +186,7 @@ def _join(device: torch.device) -> World:
         with warnings.catch_warnings():  # of a foreign launcher, which is refused below
             warnings.simplefilter("ignore", RuntimeWarning)
             MPI.Init_thread(MPI.THREAD_MULTIPLE)
+        atexit.register(_finalize, os.getpid())
     comm = MPI.COMM_WORLD
     refuse_lone_ranks(os.environ, comm.Get_size(), library)
     if MPI.Query_thread() < MPI.THREAD_SERIALIZED:
@@ -217,6 +221,30 @@ def _join(device: torch.device) -> World:
     return world
 
 
+def _is_left_alone(comm: Any) -> bool:
+    """Whether all other ranks are dead, as far as the MPI library tells."""
+    with contextlib.suppress(Exception):  # a library that does not tell
+        return bool(0 < comm.Get_failed().Get_size() == comm.Get_size() - 1)
+    return False
+
+
+_is_left_behind = False
+
+
+def leave_behind() -> None:
+    """Some rank is dead: end without MPI_Finalize, in which Open MPI 5.0.11 may hang then."""
+    global _is_left_behind
+    _is_left_behind = True
+
+
+def _finalize(owner: int) -> None:
+    """At interpreter exit, after what was registered later, such as the end of the engine."""
+    MPI = load_mpi()
+    is_fork = os.getpid() != owner  # which may exit as it likes
+    if not (_is_left_behind or is_fork or MPI.Is_finalized()):
+        MPI.Finalize()
+
+
 def load_mpi() -> Any:
     """The module mpi4py.MPI, loaded but not initialised.
 
@@ -227,7 +255,7 @@ def load_mpi() -> Any:
         import mpi4py
 
         mpi4py.rc.initialize = False
-        mpi4py.rc.finalize = True
+        mpi4py.rc.finalize = False  # `_finalize` does it, unless ranks are dead
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise UnfitError(

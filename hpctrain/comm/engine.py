@@ -36,7 +36,7 @@ from mpi4py import MPI
 
 from hpctrain.comm.watch import Pending, Watch
 from hpctrain.trace import WIRE, now_s
-from hpctrain.world import World, fail
+from hpctrain.world import World, fail, leave_behind
 
 Steps = Generator[Sequence[MPI.Request] | Callable[[], bool], None, Any]
 Operation = Callable[[MPI.Intracomm, int], Steps]
@@ -395,6 +395,7 @@ class Engine:
     def leave_behind(self) -> None:
         """Some rank is dead: wait for nobody at the end of the program."""
         self._left_behind = True
+        leave_behind()
 
     def _free_abandoned(self) -> None:
         """Free the communicators that no rank needs any more. Collective."""
@@ -580,9 +581,14 @@ class Engine:
                 self._advance()
             self._back_off(now_s() - polled)
         if not self._left_behind:
-            self.control.run(barrier, "the end of the program")
-            with self._lock:
-                self._close_listeners({listener.number for listener in self._listeners})
+            try:
+                self.control.run(barrier, "the end of the program")
+                with self._lock:
+                    self._close_listeners({listener.number for listener in self._listeners})
+            except MPI.Exception:  # a rank has died between the end of the run and this
+                if not self._watch.tolerates_deaths:
+                    raise
+                self.leave_behind()
         self._closing = True
         self._wake.set()
         self._thread.join()
