@@ -238,11 +238,11 @@ class CodedTrainer(Trainer):
         partial = [found for found in self._estimates.values() if found[0] < 1]
         if partial:
             covered, errors = zip(*partial, strict=True)
-            known = [error for error in errors if not math.isnan(error)]
-            worst = f", standard error of the gradient up to {max(known):.2g} of its norm"
+            worst = max((error for error in errors if not math.isnan(error)), default=math.nan)
             self.console.say(
                 f"coded: {len(partial)} of {len(self._estimates)} steps were estimated at the "
-                f"deadline, from {min(covered):.0%} of the samples or more{worst if known else ''}"
+                f"deadline, from {min(covered):.0%} of the samples or more; standard error of the gradient "
+                f"up to {worst:.2g} of its norm"
             )
 
     def _rescue(self) -> None:

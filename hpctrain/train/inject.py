@@ -129,6 +129,8 @@ class Injection:
             )
         self.config = config
         self.strikes = True
+        self._is_due = False
+        self._has_struck = False
         self._rank = rank
         self._ranks = tuple(config.ranks or range(size))
         self._clock = clock
@@ -250,13 +252,18 @@ class Injection:
             step: counted from 1.
             block: number of the micro-batch or data block, counted from 0 in each step.
             blocks: how many the rank has in this step. With several, the first one is done when it
-                is struck.
+                is struck; if it computes no second one, it is struck in the next step.
         """
         config = self.config
-        if step != config.step or self._rank not in self._ranks or not self.strikes:
+        if self._has_struck or self._rank not in self._ranks or not self.strikes:
             return
-        if block != min(1, blocks - 1):
+        if step == config.step:
+            self._is_due = True  # if only in the next step, where others took its data blocks
+            if block != min(1, blocks - 1):
+                return
+        elif not (self._is_due and step == (config.step or 0) + 1):
             return
+        self._has_struck = True
         if config.kind == "stall":
             assert config.stall_s is not None
             _log.info("[inject] stands still for %g s", config.stall_s)

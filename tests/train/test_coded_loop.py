@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import signal
@@ -327,3 +328,23 @@ def test_resumed_run_ends_with_the_bits_of_one_that_was_not_interrupted(
     second = make("run")
     assert second.step_number == STEPS // 2
     assert torch.equal(finish(second), expected)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("deadline_s", [60.0, 0.001])
+def test_metrics_tell_how_exact_gradients_were(make: Make, world: World, deadline_s: float) -> None:
+    exact = finish(make("exact"))
+    trainer = make("estimated", deadline_s=deadline_s)
+    found = finish(trainer)
+    assert bool(found.isfinite().all())
+    if deadline_s > 1:
+        assert torch.equal(found, exact)
+    if world.is_root:
+        lines = [json.loads(line) for line in trainer.run_folder.metrics.read_text().splitlines()]
+        steps = [line for line in lines if "loss" in line]
+        assert len(steps) == STEPS
+        if deadline_s > 1:
+            assert {line["covered"] for line in steps} == {1.0}
+            assert {line["gradient_error"] for line in steps} == {0.0}
+        else:
+            assert all(0 < line["covered"] <= 1 for line in steps)

@@ -296,11 +296,20 @@ def test_rank_stands_still_once_in_the_middle_of_its_step() -> None:
             time.work(1.0)
     assert time.slept == [5.0]
     assert injection.factor(3) == 1
-    injection.strike(3)
-    assert time.slept == [5.0, 5.0]
     other = time.injection(0, 2, kind="stall", ranks=[1], step=3, stall_s=5)
     other.strike(3)
-    assert time.slept == [5.0, 5.0]
+    assert time.slept == [5.0]
+
+
+def test_rank_whose_second_block_others_compute_is_struck_in_the_next_step() -> None:
+    time = Time()
+    injection = time.injection(1, 2, kind="stall", ranks=[1], step=3, stall_s=5)
+    injection.strike(2, 0, 4)
+    injection.strike(3, 0, 4)
+    assert time.slept == []
+    injection.strike(4, 0, 4)
+    injection.strike(4, 1, 4)
+    assert time.slept == [5.0]
 
 
 @pytest.mark.parametrize(("blocks", "struck"), [(1, 0), (2, 1), (4, 1)])
