@@ -241,8 +241,8 @@ class CodedTrainer(Trainer):
             worst = max((error for error in errors if not math.isnan(error)), default=math.nan)
             self.console.say(
                 f"coded: {len(partial)} of {len(self._estimates)} steps were estimated at the "
-                f"deadline, from {min(covered):.0%} of the samples or more; standard error of the gradient "
-                f"up to {worst:.2g} of its norm"
+                f"deadline, from {min(covered):.0%} of the samples or more; standard error of the "
+                f"gradient up to {worst:.2g} of its norm"
             )
 
     def _rescue(self) -> None:
