@@ -270,7 +270,8 @@ def run_coded(
     """Ours: its time, and the spans of all ranks, on rank 0."""
     from hpctrain.comm.collect import all_gather, barrier_on
     from hpctrain.comm.engine import engine_of
-    from hpctrain.grad.coded.exchange import Coded, CodedConfig
+    from hpctrain.grad.coded.config import CodedConfig
+    from hpctrain.grad.coded.exchange import Coded
 
     optimizer = torch.optim.SGD(work.model.parameters(), lr=1e-3)
     config = CodedConfig(

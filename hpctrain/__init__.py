@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hpctrain.errors import HpctrainError
     from hpctrain.grad.accumulate import accumulate
-    from hpctrain.grad.coded.exchange import Coded, CodedConfig
+    from hpctrain.grad.coded.config import CodedConfig
+    from hpctrain.grad.coded.exchange import Coded
     from hpctrain.grad.data_parallel import DataParallel
     from hpctrain.grad.overlap import ExchangeConfig
     from hpctrain.world import Role, World, join
@@ -27,7 +28,7 @@ __all__ = [
 
 _HOMES = {
     "Coded": "hpctrain.grad.coded.exchange",
-    "CodedConfig": "hpctrain.grad.coded.exchange",
+    "CodedConfig": "hpctrain.grad.coded.config",
     "DataParallel": "hpctrain.grad.data_parallel",
     "ExchangeConfig": "hpctrain.grad.overlap",
     "HpctrainError": "hpctrain.errors",

@@ -36,7 +36,7 @@ from hpctrain.comm.engine import engine_of
 from hpctrain.config import nearest, option, read
 from hpctrain.data.generators import seed_generators
 from hpctrain.errors import ExchangeError, JobError, MismatchError
-from hpctrain.grad.coded.exchange import CodedConfig
+from hpctrain.grad.coded.config import CodedConfig
 from hpctrain.grad.overlap import ExchangeConfig
 from hpctrain.train.checkpoint import CheckpointConfig
 from hpctrain.train.coded_loop import CodedTrainer

@@ -19,7 +19,8 @@ import torch
 from hpctrain.comm.collect import broadcast
 from hpctrain.data.batches import is_indexed, split_evenly, subset_sizes
 from hpctrain.errors import JobError
-from hpctrain.grad.coded.exchange import Coded, LostError
+from hpctrain.grad.coded.config import LostError
+from hpctrain.grad.coded.exchange import Coded
 from hpctrain.trace import now_s
 from hpctrain.train.checks import loss_mistake
 from hpctrain.train.device import moved

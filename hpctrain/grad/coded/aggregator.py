@@ -11,7 +11,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from hpctrain.grad.coded.cells import Buffer, Kind, Pool
-from hpctrain.grad.coded.schemes import Column, Scheme, Vote, Whole, WholeSum
+from hpctrain.grad.coded.collecting import Column, Vote, Whole, WholeSum
+from hpctrain.grad.coded.schemes import Scheme
 from hpctrain.grad.coded.sums import Node, tree_of
 from hpctrain.grad.coded.worker import Post
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import math
@@ -10,9 +9,8 @@ import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -20,17 +18,18 @@ from torch import nn
 from hpctrain.comm.device import Device, Event, cuda
 from hpctrain.comm.engine import engine_of
 from hpctrain.comm.mailbox import Mailbox
-from hpctrain.config import check, option
 from hpctrain.data.generators import kept_generators, seed_by
-from hpctrain.errors import ExchangeError, HpctrainError, JobError
+from hpctrain.errors import ExchangeError
 from hpctrain.grad import replicas
 from hpctrain.grad.blocks import partition
 from hpctrain.grad.coded.aggregator import Aggregator
-from hpctrain.grad.coded.assignment import PLACEMENTS, Assignment
+from hpctrain.grad.coded.assignment import Assignment
+from hpctrain.grad.coded.catching_up import Stateful, packed, unpack
 from hpctrain.grad.coded.cells import HEADER_BYTES, Buffer, Kind, Pool, balanced, content
 from hpctrain.grad.coded.columns import BufferColumn, GradientColumn, buffer_columns
+from hpctrain.grad.coded.config import CodedConfig, Hands, LostError
 from hpctrain.grad.coded.coordinator import Coordinator, Silence, evaluation_assignment
-from hpctrain.grad.coded.schemes import SCHEMES, scheme_of
+from hpctrain.grad.coded.schemes import scheme_of
 from hpctrain.grad.coded.sums import Node
 from hpctrain.grad.coded.worker import Worker, as_blocks
 from hpctrain.trace import CODED, DATA_BLOCKS, now_s
@@ -49,92 +48,6 @@ _NONE = object()
 """Stands for a subset where there is none."""
 
 Subset = TypeVar("Subset")
-
-
-class LostError(HpctrainError):
-    """Too many ranks are dead, or a root is: the run cannot go on without them."""
-
-
-class Stateful(Protocol):
-    """What else has a state that a rank which fell behind must be given."""
-
-    def state_dict(self) -> Any:
-        """Its state, of tensors, numbers, text, and lists and dicts of them."""
-
-    def load_state_dict(self, state: Any) -> None:
-        """Take over a state."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CodedConfig:
-    """How data blocks are held by several workers, and who adds up."""
-
-    blocks: int = option(0, minimum=0)
-    """Data blocks of a step; 0 for 4 times the number of workers."""
-    copies: int = option(2, minimum=1)
-    """How many workers hold each data block; at most all of them."""
-    enough: int = option(0, minimum=0)
-    """Any so many workers must hold a complete set, which is certified at the start; 0 for what
-    `copies` gives."""
-    placement: str = option("spread", choices=PLACEMENTS)
-    """Where the backups of a worker's data blocks lie, if it sends sums: on as many other workers
-    as possible, on the next ones, or all on those of its group (fractional repetition)."""
-    sends: str = option("sums", choices=SCHEMES)
-    """What workers send: sums over data blocks; one coded vector a worker, which is exact up to
-    rounding (cyclic MDS code); or copies of everything, to vote on, which names a rank that sends
-    wrong gradients (3 copies or more, each computed in any case)."""
-    deadline_s: float = option(0.0, minimum=0)
-    """After so many seconds a step goes on with an unbiased estimate from what is there, and tells
-    its error; 0 to wait for the exact gradient."""
-    root: str = option("working", choices=("working", "dedicated"))
-    """Whether the ranks that add up compute data blocks as well."""
-    aggregators: int = option(1, minimum=1)
-    """How many ranks, from rank 0 on, add up, each some of the model blocks."""
-    relearn: bool = True
-    """Whether workers get fewer data blocks of their own when they turn out slow."""
-    silent_s: float = option(1.0, above=0)
-    """Of a worker that has said nothing for so long nothing is expected in the present step."""
-    lost_s: float = option(4.0, above=0)
-    """A worker that has said nothing for so long counts as dead, where the MPI library cannot tell:
-    when then nobody is left who holds some data block, the run ends."""
-
-    def __post_init__(self) -> None:
-        check(self)
-        if self.deadline_s and self.sends != "sums":
-            raise JobError(
-                "coded.deadline_s: sums can be estimated only from sums of data blocks",
-                value=self.deadline_s,
-                allowed="0",
-                fix="remove it, or set coded.sends = 'sums'",
-                everywhere=True,
-            )
-
-
-@dataclass(frozen=True)
-class Hands:
-    """Who does what: ranks that add up, and ranks that compute."""
-
-    roots: tuple[int, ...]
-    workers: tuple[int, ...]
-
-    @classmethod
-    def of(cls, config: CodedConfig, size: int) -> Hands:
-        """Those of `size` ranks.
-
-        Raises:
-            ExchangeError: there are too few ranks.
-        """
-        roots = tuple(range(config.aggregators))
-        first = config.aggregators if config.root == "dedicated" else 0
-        workers = tuple(range(first, size))
-        if len(roots) > size or not workers:
-            raise ExchangeError(
-                "too few ranks for the coded mode",
-                value=f"{size} ranks, {config.aggregators} of them to add up ({config.root})",
-                fix="start more ranks, lower coded.aggregators, or set coded.root = 'working'",
-                everywhere=True,
-            )
-        return cls(roots, workers)
 
 
 class Coded:
@@ -697,22 +610,10 @@ class Coded:
         with self.engine.exclusive():
             behind = self.coordinator.take_behind()
         if behind:
-            file = io.BytesIO()
-            extra = self._extra.state_dict() if self._extra else None
-            torch.save(
-                {
-                    "module": self.module.state_dict(),
-                    "optimizer": self.optimizer.state_dict(),
-                    "extra": extra,
-                    "step": self.step_number,
-                },
-                file,
-            )
+            state = packed(self.module, self.optimizer, self._extra, self.step_number)
             for rank in behind:
                 _log.info("rank %d fell behind: it goes on at step %d", rank, self.step_number + 1)
-                self._mailbox.send(
-                    rank, self._pool.message(Kind.STATE, self._round, data=file.getvalue())
-                )
+                self._mailbox.send(rank, self._pool.message(Kind.STATE, self._round, data=state))
 
     def _has_results(self) -> bool:
         """Whether the round gave what it should; else go on where the others are."""
@@ -724,12 +625,7 @@ class Coded:
         if buffer is None:
             self._is_left = True
             return False
-        state = torch.load(io.BytesIO(content(buffer)), weights_only=True)
-        self.module.load_state_dict(state["module"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self._extra:
-            self._extra.load_state_dict(state["extra"])
-        self.step_number = state["step"]
+        self.step_number = unpack(content(buffer), self.module, self.optimizer, self._extra)
         self._round = buffer.round - 1
         self._pool.drop(buffer)
         return False

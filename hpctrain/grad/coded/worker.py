@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from hpctrain.grad.coded.cells import Buffer, Kind, Pool, content
-from hpctrain.grad.coded.schemes import Column, Parts, Scheme
+from hpctrain.grad.coded.collecting import Column, Parts
+from hpctrain.grad.coded.schemes import Scheme
 from hpctrain.grad.coded.sums import Node, tree_of
 from hpctrain.trace import now_s
 

@@ -23,8 +23,9 @@ import torch
 from hpctrain.grad.coded.aggregator import Aggregator
 from hpctrain.grad.coded.assignment import place
 from hpctrain.grad.coded.cells import HEADER_BYTES, Buffer, Kind, Pool, content
+from hpctrain.grad.coded.collecting import WholeSum
 from hpctrain.grad.coded.coordinator import Coordinator, Silence, evaluation_assignment
-from hpctrain.grad.coded.schemes import Scheme, WholeSum
+from hpctrain.grad.coded.schemes import Scheme
 from hpctrain.grad.coded.sums import Node, tree_of
 from hpctrain.grad.coded.worker import Worker
 

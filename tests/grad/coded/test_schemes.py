@@ -17,17 +17,12 @@ from hpctrain.comm.collect import barrier_on
 from hpctrain.comm.engine import engine_of
 from hpctrain.errors import ExchangeError, JobError
 from hpctrain.grad.coded.cells import Buffer, Kind, Pool
+from hpctrain.grad.coded.collecting import WholeSum, variance_of_mean
 from hpctrain.grad.coded.columns import GradientColumn, buffer_columns
+from hpctrain.grad.coded.config import CodedConfig, LostError
 from hpctrain.grad.coded.dealing import Paces
-from hpctrain.grad.coded.exchange import Coded, CodedConfig, LostError
-from hpctrain.grad.coded.schemes import (
-    Combined,
-    Scheme,
-    Voted,
-    WholeSum,
-    scheme_of,
-    variance_of_mean,
-)
+from hpctrain.grad.coded.exchange import Coded
+from hpctrain.grad.coded.schemes import Combined, Scheme, Voted, scheme_of
 from hpctrain.grad.coded.sums import Node, tree_of
 from hpctrain.world import World
 
