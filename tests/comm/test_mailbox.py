@@ -172,8 +172,6 @@ def test_several_threads_send(engine: Engine, mailbox: Mailbox, notes: Notes, wo
 
 def test_answers_to_answers(engine: Engine, mailbox: Mailbox, notes: Notes, world: World) -> None:
     """Sent from within the engine, as soon as the question is there."""
-    if world.size > 3 and "Open MPI" in world.library:
-        pytest.skip("with 4 ranks of Open MPI it hangs in 3 of 14 runs, for a reason not found yet")
     laps = 50
     following = (world.rank + 1) % world.size
     keep = notes.came
@@ -185,6 +183,7 @@ def test_answers_to_answers(engine: Engine, mailbox: Mailbox, notes: Notes, worl
             mailbox.send(following, Paper(bytes([letter.data[0] + 1])))
 
     notes.came = pass_on  # type: ignore[method-assign]
+    barrier_on(engine.control)  # or the engine's thread takes the first in before it is passed on
     if world.rank == 0:
         mailbox.send(following, Paper(b"\1"))
     engine.drive(lambda: len(notes.received) == laps)
