@@ -79,11 +79,10 @@ PATIENT_POLL_S = 2e-4
 WATCH_S = 0.05
 """Sleep of the engine's thread while it has nothing to move."""
 LISTEN_S = 2e-3
-"""Sleep between two polls while a mailbox is open, from which anything may come at any time; ..."""
-LONGEST_LISTEN_S = 8e-3
-"""... grows up to this while nothing comes: polls take the core from who computes."""
-LISTEN_GROWTH = 0.25
-"""By which part of `LISTEN_S` with each poll."""
+"""Sleep between two polls while a mailbox is open, from which anything may come at any time. It
+grows while nothing comes, since polls take the core from who computes, ..."""
+LISTEN_POLLS = 10
+"""... up to the mailbox's longest, which it reaches after so many polls."""
 SWITCH_S = 2e-4
 """Interpreter switch interval: how long a pure-Python main thread may keep the progress thread
 from its poll. The default of 5 ms would leave the wire idle between polls."""
@@ -276,6 +275,10 @@ class Channel:
 
 class Listener(Protocol):
     """What is polled whether or not this rank has posted anything; see comm.mailbox."""
+
+    @property
+    def longest_listen_s(self) -> float:
+        """Longest sleep between two polls while nothing comes and nobody waits."""
 
     @property
     def in_flight(self) -> bool:
@@ -522,8 +525,11 @@ class Engine:
                     elif self.busy or any(listener.in_flight for listener in self._listeners):
                         time.sleep(pace.pause_s)
                     else:
-                        pause_s = LISTEN_S * (1 + LISTEN_GROWTH * quiet)
-                        time.sleep(min(pause_s, LONGEST_LISTEN_S))
+                        longest_s = min(
+                            (each.longest_listen_s for each in self._listeners), default=LISTEN_S
+                        )
+                        share = min(1.0, quiet / LISTEN_POLLS)
+                        time.sleep(LISTEN_S + share * max(0.0, longest_s - LISTEN_S))
                 else:
                     pace.interrupt()
                     self._wake.wait(WATCH_S)

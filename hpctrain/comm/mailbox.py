@@ -23,6 +23,7 @@ from hpctrain.trace import now_s
 
 AT_ONCE = 32
 """Messages that are taken in by one poll, so that sends do not wait behind a flood."""
+LONGEST_LISTEN_S = 8e-3
 CLOSING_POLL_S = 1e-4
 """Sleep between two polls at the end, when messages that nobody needs are still on their way."""
 
@@ -64,11 +65,15 @@ class Mailbox:
     Args:
         engine: polls it.
         postman: receives.
+        longest_listen_s: longest time that a message lies there while this rank computes.
     """
 
-    def __init__(self, engine: Engine, postman: Postman) -> None:
+    def __init__(
+        self, engine: Engine, postman: Postman, longest_listen_s: float = LONGEST_LISTEN_S
+    ) -> None:
         self._engine = engine
         self._postman = postman
+        self.longest_listen_s = longest_listen_s
         self._comm, self.number = engine.duplicate("mailbox")
         self.rank = engine.world.rank
         self.abandoned = False

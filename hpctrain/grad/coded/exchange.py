@@ -43,6 +43,9 @@ ROOT_LOST_S = 10.0
 """A root that is silent for so long is dead, where the MPI library does not say."""
 WAIT_S = 5e-4
 """Longest sleep between two polls of a rank that waits."""
+LISTEN_S = 2e-2
+"""How late a rank that computes may hear that a data block is not needed any more. Shorter, and
+listening costs all ranks more than what is computed in vain costs a few."""
 
 _NONE = object()
 """Stands for a subset where there is none."""
@@ -159,7 +162,7 @@ class Coded:
         self._ticked_s = now_s()
 
         self.engine.tolerate_deaths()
-        self._mailbox = Mailbox(self.engine, _Desk(self))
+        self._mailbox = Mailbox(self.engine, _Desk(self), LISTEN_S)
         post = self._mailbox.send
         index = hands.workers.index(rank) if rank in hands.workers else -1
         holds_back = not config.deadline_s  # else what is held back would be missing then
@@ -506,7 +509,7 @@ class Coded:
             [p.numel() * p.element_size() for p in parameters],
             [p.dtype for p in parameters],
             self._block_bytes,
-            self._block_bytes // 4,
+            self._block_bytes,  # a short first one would begin nothing: sums wait for the last
         )
         sizes = [sum(parameters[i].numel() for i in group) for group in groups]
         root_of = balanced(sizes, len(self.hands.roots))
