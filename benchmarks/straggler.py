@@ -302,7 +302,7 @@ def run_coded(
     world.trace.active = False
     if not dead:
         everyones = all_gather(control, spans)
-        coded._mailbox.abandon()
+        coded.mailbox.abandon()
         return took_s, [span for spans in everyones for span in spans]
     # Collectives would wait for the dead.
     (folder / f".{world.rank}").write_text(json.dumps(spans))

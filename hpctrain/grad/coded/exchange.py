@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import math
-import weakref
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -17,35 +15,28 @@ from torch import nn
 
 from hpctrain.comm.device import Device, Event, cuda
 from hpctrain.comm.engine import engine_of
-from hpctrain.comm.mailbox import Mailbox
 from hpctrain.data.generators import kept_generators, seed_by
 from hpctrain.errors import ExchangeError
 from hpctrain.grad import replicas
-from hpctrain.grad.blocks import partition
 from hpctrain.grad.coded.aggregator import Aggregator
 from hpctrain.grad.coded.assignment import Assignment
+from hpctrain.grad.coded.backward import Backward
 from hpctrain.grad.coded.catching_up import Stateful, packed, unpack
-from hpctrain.grad.coded.cells import HEADER_BYTES, Buffer, Kind, Pool, balanced, content
-from hpctrain.grad.coded.columns import BufferColumn, GradientColumn, buffer_columns
+from hpctrain.grad.coded.cells import Buffer, Kind, Pool, content
 from hpctrain.grad.coded.config import CodedConfig, Hands, LostError
 from hpctrain.grad.coded.coordinator import Coordinator, Silence, evaluation_assignment
+from hpctrain.grad.coded.desk import Desk
+from hpctrain.grad.coded.record import Record
 from hpctrain.grad.coded.schemes import scheme_of
 from hpctrain.grad.coded.sums import Node
 from hpctrain.grad.coded.worker import Worker, as_blocks
-from hpctrain.trace import CODED, DATA_BLOCKS, now_s
+from hpctrain.trace import now_s
 from hpctrain.world import World, join
 
 _log = logging.getLogger("hpctrain")
 
-BEAT_S = 0.25
-"""How often a rank says that it lives, if it has nothing else to say."""
-ROOT_LOST_S = 10.0
-"""A root that is silent for so long is dead, where the MPI library does not say."""
 WAIT_S = 5e-4
 """Longest sleep between two polls of a rank that waits."""
-LISTEN_S = 2e-2
-"""How late a rank that computes may hear that a data block is not needed any more. Shorter, and
-listening costs all ranks more than what is computed in vain costs a few."""
 
 _NONE = object()
 """Stands for a subset where there is none."""
@@ -75,6 +66,7 @@ class Coded:
         seed: of what is drawn while a data block is computed, such as dropout.
         block_bytes: largest model block, unless a parameter is larger.
         extra: what else has a state that must be the same on all ranks.
+        assignment: who holds which data blocks, if made by hand.
 
     Raises:
         MismatchError: the module is not the same on all ranks.
@@ -99,7 +91,6 @@ class Coded:
         self.config = config = config or CodedConfig()
         self.world = world or join()
         self._seed = seed
-        self._block_bytes = block_bytes
         self._extra = extra
         rank, size = self.world.rank, self.world.size
         hands = self.hands = Hands.of(config, size)
@@ -128,12 +119,8 @@ class Coded:
         control = self.engine.control
         replicas.check_same_model(control, self.world, module)
         replicas.broadcast_state(control, module)
-        self._named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-        self._device = device_of([p for _, p in self._named])
-        self._pool = Pool(self._device.host_memory if self._device else None)
-        self._columns: list[GradientColumn] = []
-        self._buffers = buffer_columns(module, hands.roots[0])
-        self._layout: bytes | None = None
+        device = device_of(module)
+        pool = self._pool = Pool(device.host_memory if device else None)
         self.step_number = 0
         """Steps done, by the run as a whole."""
         self.moved = False
@@ -151,50 +138,41 @@ class Coded:
         """How long this rank had nothing to compute in the last step."""
         self._begun_blocks = -1
         self._round = -1
-        self._trouble: str | None = None
-        self._ended = False
+        self._layout = b""
+        """The order of parameters that all agreed on, once columns follow it."""
         self._is_left = False
         """Whether the run has gone on to its end without this rank."""
-        self._finished: dict[int, tuple[int, float]] = {}
-        """By round: the step that it was, and when its last sum was there."""
-        self._heard_s = dict.fromkeys(hands.roots, now_s())
-        self._beaten_s = 0.0
-        self._ticked_s = now_s()
+        self._shown: list[Event] = []
+        """The ends of the copies of results to the device."""
 
         self.engine.tolerate_deaths()
-        self._mailbox = Mailbox(self.engine, _Desk(self), LISTEN_S)
-        post = self._mailbox.send
+        self._desk = Desk(self.engine, pool, hands)
+        self.mailbox = self._desk.mailbox
+        post = self.mailbox.send
         index = hands.workers.index(rank) if rank in hands.workers else -1
         holds_back = not config.deadline_s  # else what is held back would be missing then
-        self.worker = Worker(post, self._pool, hands.roots, self._scheme, index, holds_back)
+        self.worker = Worker(post, pool, hands.roots, self._scheme, index, holds_back)
         if index >= 0:
             self.worker.own = self._scheme.own(index)
         self.aggregator: Aggregator | None = None
         if rank in hands.roots:
             self.aggregator = Aggregator(
-                *(rank, hands.workers, post, self._pool, self._scheme, self.samples),
+                *(rank, hands.workers, post, pool, self._scheme, self.samples),
                 config.deadline_s,
             )
         self.coordinator: Coordinator | None = None
         if rank == hands.roots[0]:
             self.coordinator = Coordinator(
-                *(post, self._pool, hands.workers, size, self._scheme, now_s),
+                *(post, pool, hands.workers, size, self._scheme, now_s),
                 Silence(config.silent_s, config.lost_s),
                 hands.roots,
                 config.relearn,
             )
-        self._mailbox.open()
-        self._order: dict[int, None] = {}
-        self._arrivals = [0] * len(self._named)
-        self._due: list[int] = []
-        self._block = _BlockInWork(-1)
-        self._column_of: list[int] = []
-        self._copies: deque[tuple[Event, int, Buffer, int]] = deque()
-        self._shown: list[Event] = []
-        """The ends of the copies of results to the device."""
-        this = weakref.ref(self)
-        for index, (_, parameter) in enumerate(self._named):
-            parameter.register_post_accumulate_grad_hook(partial(_hook, this, index))
+        self._backward = Backward(module, device, pool, self.worker, hands.roots, block_bytes)
+        self._record = Record(
+            self.engine, hands.workers, self.samples, self.aggregator, self.coordinator
+        )
+        self._desk.open(self.worker, self.aggregator, self.coordinator)
 
     # ------------------------------------------------------------------ a step
 
@@ -226,19 +204,17 @@ class Coded:
         """
         if self._is_left:
             return False
-        self._trace_rounds(self._round - 1)
+        worker, backward = self.worker, self._backward
+        self._record.rounds(self._round - 1, backward.all_columns)
         self.moved = False
         self.exposed_s = 0.0
         self._begun_blocks = -1
-        for _, parameter in self._named:
-            parameter.grad = None
-        for buffers in self._buffers:
-            buffers.keep()
+        backward.forget()
+        backward.keep_buffers()
         self._round += 1
         self._help_those_behind()
-        worker = self.worker
         self._end_copies()
-        worker.begin(self._round, self.blocks, self._all_columns if self._columns else ())
+        worker.begin(self._round, self.blocks, backward.all_columns if self._layout else ())
         try:
             with kept_generators():
                 while not worker.is_over:
@@ -249,25 +225,12 @@ class Coded:
                     else:
                         self._compute(block, read, loss, around)
         finally:  # whatever comes instead of results finds the module as it was
-            for buffers in self._buffers:
-                buffers.restore()
+            backward.restore_buffers()
         if not self._has_results():
             return False
-        self._finished[self._round] = self.step_number + 1, worker.arrived.whole_s
-        results = worker.arrived.results
-        for column in self._all_columns:
-            result = results[column.index]
-            if result.covered == 0:
-                continue  # an estimate that has nothing to go by
-            copied = column.show(result)
-            if copied is not None:
-                self._shown.append(copied)
-        gradients = [results[column.index] for column in self._columns]
-        self.covered = min((result.covered for result in gradients), default=1.0)
-        self.error = math.sqrt(sum(result.variance for result in gradients))
-        if results:
-            self.loss = results[0].loss
         self.step_number += 1
+        self._record.finished(self.step_number, self._round, worker.arrived.whole_s)
+        self._show(worker.arrived.results)
         return True
 
     def evaluate(
@@ -311,14 +274,14 @@ class Coded:
     def end(self) -> None:
         """The loop is over on this rank: wait until it is for the run. Ranks may leave then."""
         coordinator = self.coordinator
-        if coordinator and not self._ended:
+        if coordinator and not self._desk.is_closed:
             self.engine.drive(lambda: coordinator.knows_who_is_left, WAIT_S)
             with self.engine.exclusive():
-                coordinator.end(self._has_trouble())
-        self._mailbox.abandon()  # closed at the next meeting of all ranks, after what follows
-        self.engine.drive(lambda: self.worker.ended is not None or self._has_trouble(), WAIT_S)
+                coordinator.end(bool(self._trouble()))
+        self.mailbox.abandon()  # closed at the next meeting of all ranks, after what follows
+        self.engine.drive(lambda: self.worker.ended is not None or bool(self._trouble()), WAIT_S)
         self._raise_trouble()
-        self._trace_rounds(self._round)
+        self._record.rounds(self._round, self._backward.all_columns)
         self._leave()
 
     @property
@@ -347,21 +310,20 @@ class Coded:
             torch.linalg.vector_norm(
                 p.grad, dtype=torch.complex128 if p.is_complex() else torch.float64
             )
-            for _, p in self._named
+            for p in self._backward.parameters
             if p.grad is not None
         ]
         return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """The agreed order of parameters, so that a resumed run needs not find it anew."""
-        return {"layout": self._layout.decode() if self._layout else ""}
+        return {"layout": self._layout.decode()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take the order of an earlier run, before the first step."""
-        if state.get("layout") and not self._columns:
-            order, _ = json.loads(state["layout"])
-            if sorted(order) == list(range(len(self._named))):
-                self._lay_out(state["layout"].encode())
+        layout = state.get("layout", "").encode()
+        if layout and not self._layout and self._backward.fits(layout):
+            self._lay_out(layout)
 
     # ------------------------------------------------------------------ data blocks
 
@@ -376,29 +338,27 @@ class Coded:
         begun_s = now_s()
         worker = self.worker
         self._begun_blocks += 1
-        work = self._block = _BlockInWork(block)
-        for buffers in self._buffers:
-            buffers.restore()
+        self._backward.begin(block)
         seed_by(self._seed, self.step_number, block)
         subsets = iter(read(block))
         subset: Any = next(subsets, _NONE)
         computed = worker.is_wanted
         while subset is not _NONE and computed:
             following: Any = next(subsets, _NONE)
-            computed = self._backward(subset, loss, around, following is _NONE)
+            computed = self._compute_subset(subset, loss, around, following is _NONE)
             computed = computed and worker.is_wanted
             subset = following
         if computed:
-            self._finish(work)
+            if not self._layout:
+                self._agree()
+            self._backward.finish(self.samples[block] / sum(self.samples))
             worker.done()
         else:
             worker.give_up()
-        for _, parameter in self._named:
-            parameter.grad = None
-        work.streams = False
-        self._trace_block(block, begun_s, computed)
+        self._backward.forget()
+        self._record.block(self.step_number + 1, self._round, block, begun_s, computed)
 
-    def _backward(
+    def _compute_subset(
         self,
         subset: Subset,
         loss: Callable[[Subset], torch.Tensor],
@@ -409,125 +369,50 @@ class Coded:
         value = loss(subset)
         if not self.worker.is_wanted:
             return False
-        work = self._block
-        work.loss += float(value.detach())
-        if is_last and self._columns:
-            work.streams = True
-            self._due = list(self._arrivals)
-            for column in self._columns:
-                column.missing = len(column.members)
-        if not self._columns:  # the order and number of gradients are those of one backward
-            self._order.clear()
-            self._arrivals = [0] * len(self._named)
+        self._backward.begin_subset(float(value.detach()), is_last)
         with around():
             value.backward()
         return True
 
-    def _finish(self, work: _BlockInWork) -> None:
-        """Put in what hooks have not: all of it in the first step, or unused parameters."""
-        if not self._columns:
-            self._agree()
-        for column in self._columns:
-            if column.index not in work.packed:
-                self._put(column, work)
-        for buffers in self._buffers:
-            cell = self._pool.take(buffers.nbytes)
-            buffers.pack(cell, work.number, self.samples[work.number] / sum(self.samples))
-            cell.loss = 0.0
-            self.worker.put(buffers.index, cell, work.number)
-
-    def _arrived(self, index: int) -> None:
-        """Backward has accumulated the gradient of a parameter, perhaps not for the last time."""
-        if not self._columns:
-            self._order.pop(index, None)
-            self._order[index] = None
-            self._arrivals[index] += 1
-            return
-        work = self._block
-        if not work.streams:
-            return
-        column = self._columns[self._column_of[index]]
-        self._due[index] -= 1
-        if self._due[index] == 0:
-            column.missing -= 1
-            if column.missing == 0:
-                self._put(column, work)
-        elif column.index in work.packed:
-            raise ExchangeError(
-                f"the gradient of parameter {self._named[index][0]} grew after it was sent: its "
-                "gradient arrives more often than in the first step",
-                fix="checkpoint with use_reentrant=False",
-            )
-
-    def _put(self, column: GradientColumn, work: _BlockInWork) -> None:
-        work.packed.add(column.index)
-        left = self.worker.take_left(column.index, work.number) if column.adds else None
-        if left is not None:
-            column.pack_onto(left)
-            left.loss += work.loss
-            self.worker.put_sum(column.index, left, work.number)
-            return
-        cell = self._pool.take(column.nbytes)
-        copied = column.pack(cell)
-        cell.loss = work.loss
-        if copied is None:
-            self.worker.put(column.index, cell, work.number)
-        else:
-            self._copies.append((copied, column.index, cell, work.number))
-            self._move_copies()
+    def _show(self, results: Mapping[int, Buffer]) -> None:
+        """Make what came the gradients of the parameters, and the buffers of the module."""
+        for column in self._backward.all_columns:
+            result = results[column.index]
+            if result.covered == 0:
+                continue  # an estimate that has nothing to go by
+            copied = column.show(result)
+            if copied is not None:
+                self._shown.append(copied)
+        gradients = [results[column.index] for column in self._backward.columns]
+        self.covered = min((result.covered for result in gradients), default=1.0)
+        self.error = math.sqrt(sum(result.variance for result in gradients))
+        if results:
+            self.loss = results[0].loss
 
     # ------------------------------------------------------------------ order of model blocks
 
-    @property
-    def _all_columns(self) -> list[GradientColumn | BufferColumn]:
-        return [*self._columns, *self._buffers]
-
     def _agree(self) -> None:
         """In the first step: propose the order that backward showed, and take the one agreed on."""
-        seen = list(self._order)
-        unseen = [i for i in reversed(range(len(self._named))) if i not in self._order]
-        # Of a data block without samples, nothing is known: 0 never sends before the end.
-        arrivals = [max(1, n) if seen else 0 for n in self._arrivals]
-        proposal = json.dumps([seen + unseen, arrivals]).encode()
-        self._mailbox.send(
+        desk, proposal = self._desk, self._backward.proposal()
+        self.mailbox.send(
             self.hands.roots[0], self._pool.message(Kind.ORDER, self._round, data=proposal)
         )
-        self.engine.drive(lambda: self._layout is not None or self._has_trouble(), WAIT_S)
+        self.engine.drive(lambda: desk.layout is not None or bool(self._trouble()), WAIT_S)
         self._raise_trouble()
         self._take_layout()
 
     def _take_layout(self) -> None:
-        if self._layout is not None and not self._columns:
-            self._lay_out(self._layout)
+        if self._desk.layout and not self._layout:
+            self._lay_out(self._desk.layout)
 
     def _lay_out(self, layout: bytes) -> None:
-        """Make the columns. The same on all ranks."""
-        order, self._arrivals = json.loads(layout)
-        parameters = [p for _, p in self._named]
-        groups = partition(
-            order,
-            [p.numel() * p.element_size() for p in parameters],
-            [p.dtype for p in parameters],
-            self._block_bytes,
-            self._block_bytes,  # a short first one would begin nothing: sums wait for the last
-        )
-        sizes = [sum(parameters[i].numel() for i in group) for group in groups]
-        root_of = balanced(sizes, len(self.hands.roots))
-        columns = []
-        self._column_of = [0] * len(parameters)
-        for number, group in enumerate(groups):
-            names, members = [self._named[i][0] for i in group], [parameters[i] for i in group]
-            root = self.hands.roots[root_of[number]]
-            columns.append(GradientColumn(number, group, names, members, root, self._device))
-            for index in group:
-                self._column_of[index] = number
-        for offset, buffers in enumerate(self._buffers):
-            buffers.index = len(columns) + offset
         with self.engine.exclusive():
-            self._columns, self._layout = columns, layout
+            self._layout = layout
+            self._backward.lay_out(layout)
+            columns = self._backward.all_columns
             if self.aggregator:
-                self.aggregator.lay_out(self._all_columns)
-            self.worker.lay_out(self._all_columns)
+                self.aggregator.lay_out(columns)
+            self.worker.lay_out(columns)
 
     # ------------------------------------------------------------------ waiting
 
@@ -537,55 +422,42 @@ class Coded:
         worker = self.worker
 
         def something() -> bool:
-            self._move_copies()
-            new_layout = self._layout is not None and not self._columns
+            self._backward.move_copies()
+            new_layout = bool(self._desk.layout) and not self._layout
             helps = self.coordinator is not None and self.coordinator.behind and worker.trains
             is_done = worker.is_over or worker.has_work or new_layout or helps
-            return bool(is_done) or self._has_trouble()
+            return bool(is_done) or bool(self._trouble())
 
         self.engine.drive(something, WAIT_S)
         self.exposed_s += now_s() - begun_s
         self._raise_trouble()
         self._take_layout()
 
-    def _move_copies(self) -> None:
-        """Put in cells whose copies from the device have ended, in order."""
-        while self._copies and self._copies[0][0].query():
-            _, column, cell, block = self._copies.popleft()
-            self.worker.put(column, cell, block)
-
     def _end_copies(self) -> None:
-        """Before a round: no copy from or to the device may use a buffer that is used again.
-
-        What is still copied from it came too late for the last round.
-        """
-        events = [*self._shown, *(event for event, *_ in self._copies)]
+        """Before a round: no copy from or to the device may use a buffer that is used again."""
+        events = [*self._shown, *self._backward.events]
         if events:
             self.engine.drive(lambda: all(event.query() for event in events), WAIT_S)
         self._shown = []
-        while self._copies:
-            self._pool.drop(self._copies.popleft()[2])
+        self._backward.drop_copies()
 
-    def _has_trouble(self) -> bool:
+    def _trouble(self) -> str | None:
+        """Why the run cannot go on, if so."""
         if self.coordinator and self.coordinator.failure:
-            self._trouble = self.coordinator.failure
-        if self.aggregator and self.config.sends == "vote" and self._trouble is None:
-            for column, node in self.aggregator.undecided(self._mailbox.dead):
-                self._trouble = (
+            return self.coordinator.failure
+        if self.aggregator and self.config.sends == "vote":
+            for column, node in self.aggregator.undecided(self.mailbox.dead):
+                return (
                     f"the copies of model block {column}, data blocks {node.lo} to {node.hi - 1}, "
                     "differ, and no majority agrees"
                 )
-        if self._trouble is None and self.world.rank not in self.hands.roots:
-            for root, heard_s in self._heard_s.items():
-                if now_s() - heard_s > ROOT_LOST_S:
-                    self._trouble = f"rank {root}, which adds up gradients, is silent"
-        return self._trouble is not None
+        return self._desk.lost_root()
 
     def _raise_trouble(self) -> None:
-        if self._has_trouble():
-            assert self._trouble is not None
+        trouble = self._trouble()
+        if trouble is not None:
             raise LostError(
-                f"step {self.step_number + 1} cannot be completed: {self._trouble}",
+                f"step {self.step_number + 1} cannot be completed: {trouble}",
                 fix="start the job again: it continues from the last checkpoint; raise "
                 "coded.copies to tolerate more",
                 everywhere=True,
@@ -608,15 +480,14 @@ class Coded:
         """
         if self.coordinator is None or not self.coordinator.behind:
             return
-        for buffers in self._buffers:
-            buffers.restore()
+        self._backward.restore_buffers()
         with self.engine.exclusive():
             behind = self.coordinator.take_behind()
         if behind:
             state = packed(self.module, self.optimizer, self._extra, self.step_number)
             for rank in behind:
                 _log.info("rank %d fell behind: it goes on at step %d", rank, self.step_number + 1)
-                self._mailbox.send(rank, self._pool.message(Kind.STATE, self._round, data=state))
+                self.mailbox.send(rank, self._pool.message(Kind.STATE, self._round, data=state))
 
     def _has_results(self) -> bool:
         """Whether the round gave what it should; else go on where the others are."""
@@ -639,140 +510,14 @@ class Coded:
         return self.worker.ended is not None
 
     def _leave(self) -> None:
-        self._ended = True
+        self._desk.is_closed = True
         gone = as_blocks(self.worker.ended or b"")
         if gone:
-            self._mailbox.dead.update(gone)
+            self.mailbox.dead.update(gone)
             self.engine.leave_behind()
 
-    def _beat(self, now: float) -> None:
-        """Say that this rank lives, to whom it has said nothing for a while."""
-        roots, rank = self.hands.roots, self.world.rank
-        if self._ended:
-            return
-        for other in range(self.world.size) if rank in roots else roots[:1]:
-            said_s = self._mailbox.sent_s.get(other, 0.0)
-            if other != rank and other not in self._mailbox.dead and now - said_s > BEAT_S:
-                self._mailbox.send(other, self._pool.message(Kind.BEAT, self._round))
 
-    # ------------------------------------------------------------------ trace
-
-    def _trace_block(self, block: int, begun_s: float, computed: bool) -> None:
-        self.world.trace.add(
-            *(DATA_BLOCKS, f"data block {block}", begun_s, now_s()),
-            step=self.step_number + 1,
-            round=self._round,
-            block=block,
-            computed=computed,
-        )
-
-    def _trace_rounds(self, last: int) -> None:
-        """On the first root: record rounds up to `last`, of which late news have come by now."""
-        if self.coordinator is None or self.aggregator is None:
-            return
-        ranks = self.hands.workers
-        with self.engine.exclusive():
-            ended = [e for e in self.coordinator.ended if e.number <= last]
-            self.coordinator.ended = [e for e in self.coordinator.ended if e.number > last]
-            tallies = [self.aggregator.tallies.pop(e.number, None) for e in ended]
-        here = [c for c in self._all_columns if c.root == self.world.rank]
-        for round_, tally in zip(ended, tallies, strict=True):
-            step, whole_s = self._finished.pop(round_.number, (0, 0.0))
-            if not step or tally is None or not self.world.trace.active:
-                continue
-            done_by = {block: ranks[worker] for block, worker in round_.done_by.items()}
-            sources = [tally.sources.get(b, done_by.get(b, -1)) for b in range(self.blocks)]
-            if -1 in sources:
-                continue  # an estimate: there is no time by which all data blocks were there
-            self.world.trace.add(
-                *(CODED, "step", round_.begun_s, whole_s),
-                step=step,
-                round=round_.number,
-                holders=[[ranks[w] for w in holders] for holders in round_.assignment.holders],
-                sources=sources,
-                redundant=[[block, ranks[worker]] for block, worker in round_.redundant],
-                vectors=tally.nbytes / sum(column.nbytes for column in here),
-                samples=list(self.samples),
-                dead=sorted(self.coordinator.dead),
-            )
-
-
-class _BlockInWork:
-    """The data block that is being computed."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self.loss = 0.0
-        self.packed: set[int] = set()
-        self.streams = False
-        """Whether backward of its last subset runs, so that what is complete goes out."""
-
-
-class _Desk:
-    """Hands messages to whom they are for; see comm.mailbox.Postman."""
-
-    def __init__(self, coded: Coded) -> None:
-        self._coded = coded
-
-    def room(self, nbytes: int) -> Buffer:
-        """A buffer for a message."""
-        return self._coded._pool.take(nbytes - HEADER_BYTES)
-
-    def came(self, source: int, letter: Any) -> None:
-        """A message is there."""
-        coded, kind = self._coded, letter.kind
-        if source in coded._heard_s:
-            coded._heard_s[source] = now_s()
-        if kind is Kind.CELL:
-            assert coded.aggregator
-            coded.aggregator.receive(source, letter)
-        elif kind in (Kind.JOIN, Kind.DONE, Kind.ORDER, Kind.BEAT, Kind.BEHIND):
-            if kind is Kind.JOIN and letter.hi and coded.aggregator:
-                coded.aggregator.joined(source, letter.round, now_s())
-            if coded.coordinator:
-                coded.coordinator.receive(source, letter)
-            else:
-                coded._pool.drop(letter)
-        elif kind is Kind.LAYOUT:
-            coded._layout = coded._layout or content(letter)
-            coded._pool.drop(letter)
-        else:
-            coded.worker.receive(letter)
-
-    def sent(self, letter: Any) -> None:
-        """A message has left."""
-        self._coded._pool.drop(letter)
-
-    def died(self, rank: int) -> None:
-        """A rank is dead."""
-        coded = self._coded
-        if coded.coordinator:
-            coded.coordinator.died(rank)
-        elif rank in coded.hands.roots and not coded._ended:
-            coded._trouble = f"rank {rank}, which adds up gradients, is dead"
-
-    def tick(self, now: float) -> None:
-        """Look at the clock: say that this rank lives, and see whether others need help."""
-        coded = self._coded
-        if coded.coordinator:
-            coded.coordinator.tick(now)
-        if coded.aggregator:
-            coded.aggregator.tick(now)
-        deaf_s, coded._ticked_s = now - coded._ticked_s, now
-        if deaf_s > BEAT_S:  # it is not the others that were silent
-            coded._heard_s = {root: s + deaf_s for root, s in coded._heard_s.items()}
-        if now - coded._beaten_s > BEAT_S:
-            coded._beaten_s = now
-            coded._beat(now)
-
-
-def _hook(coded: weakref.ReferenceType[Coded], index: int, parameter: torch.Tensor) -> None:
-    this = coded()
-    if this is not None:
-        this._arrived(index)
-
-
-def device_of(parameters: Sequence[nn.Parameter]) -> Device | None:
-    """The device that parameters are on; None for the host."""
-    where = parameters[0].device if parameters else torch.device("cpu")
+def device_of(module: nn.Module) -> Device | None:
+    """The device that the module's parameters are on; None for the host."""
+    where = next((p.device for p in module.parameters() if p.requires_grad), torch.device("cpu"))
     return cuda(where) if where.type == "cuda" else None

@@ -302,7 +302,7 @@ def test_model_blocks_of_any_size(world: World, block_bytes: int) -> None:
     run = Run(world, make("perceptron"), block_bytes=block_bytes)
     run.to(STEPS)
     assert run.checked == STEPS
-    assert len(run.coded._columns) == (6 if block_bytes == 1 else 1)
+    assert len(run.coded._backward.columns) == (6 if block_bytes == 1 else 1)
 
 
 @pytest.mark.parametrize("root", ["working", "dedicated"])
@@ -343,7 +343,9 @@ def test_gradients_go_out_as_they_come_with_several_subsets(world: World) -> Non
     run = Run(world, make("recomputed, re-entrant"), Data((6,) * 4, most=2))
     run.step()
     named = dict(
-        zip((n for n, _ in run.module.named_parameters()), run.coded._arrivals, strict=True)
+        zip(
+            (n for n, _ in run.module.named_parameters()), run.coded._backward.arrivals, strict=True
+        )
     )
     assert {name for name, count in named.items() if count > 1} == {"shared.weight", "shared.bias"}
     assert max(named.values()) == 2
@@ -373,10 +375,10 @@ def test_a_later_run_needs_not_find_the_order_anew(world: World) -> None:
     first.to(1)
     second = Run(world, make("perceptron"))
     second.coded.load_state_dict(first.coded.state_dict())
-    columns = second.coded._columns
-    assert [c.members for c in columns] == [c.members for c in first.coded._columns]
+    columns = second.coded._backward.columns
+    assert [c.members for c in columns] == [c.members for c in first.coded._backward.columns]
     second.to(STEPS)
-    assert second.coded._columns is columns
+    assert second.coded._backward.columns is columns
     other = Run(world, make("tied"))
     other.coded.load_state_dict(first.coded.state_dict())  # of another model: not used
     other.to(2)
