@@ -83,6 +83,8 @@ class Work:
             *(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(3)),
         )
         self._x = torch.randn(4, WIDTH)
+        self.takes_time = True
+        """Whether data blocks sleep; not in the steps before the measured ones."""
 
     def factor(self, iteration: int) -> float:
         """How many times as long this rank takes."""
@@ -90,7 +92,8 @@ class Work:
 
     def loss(self, iteration: int, is_wanted: Wanted = lambda: True) -> torch.Tensor:
         """The loss of a data block, after its time; sooner if it is not wanted any more."""
-        end_s = time.perf_counter() + BLOCK_S * self.factor(iteration)
+        sleep_s = BLOCK_S * self.factor(iteration) if self.takes_time else 0.0
+        end_s = time.perf_counter() + sleep_s
         while (left_s := end_s - time.perf_counter()) > 0 and is_wanted():
             time.sleep(min(SLICE_S, left_s))
         value: torch.Tensor = self.model(self._x).square().mean() / (WORKERS * BLOCKS)
@@ -111,12 +114,17 @@ class Work:
 def run_synchronous(arm: str, work: Work, iterations: int, world: Any, group: Any) -> float:
     """All-reduce of hpctrain, or torch DDP on gloo; rank 0, the root, has no data blocks."""
     import hpctrain
+    from hpctrain.comm.channel import barrier
+    from hpctrain.comm.collect import barrier_on
+    from hpctrain.comm.engine import engine_of
 
+    engine = engine_of(world)
     synchronized: Any
     if arm == "ddp":
-        if work.worker < 0:
-            world.comm.Barrier()
-            world.comm.Barrier()
+        if work.worker < 0:  # MPI's own barrier would take a core meanwhile
+            barrier_on(engine.control)
+            ends = engine.control.post(barrier, "the end of DDP")
+            engine.drive(lambda: ends.done, WORKERS * BLOCK_S)
             return 0.0
         synchronized = nn.parallel.DistributedDataParallel(
             work.model, gradient_as_bucket_view=True, process_group=group
@@ -136,31 +144,18 @@ def run_synchronous(arm: str, work: Work, iterations: int, world: Any, group: An
                     own_loss(iteration).backward()
         work.update()
 
+    work.takes_time = False
     for _ in range(8 if arm == "allreduce" else 2):  # the exchange tries its ways out
-        with faster(work):
-            step(0)
-    world.comm.Barrier()
+        step(0)
+    work.takes_time = True
+    barrier_on(engine.control)
     begun_s = time.perf_counter()
     for iteration in range(iterations):
         step(iteration)
     took_s = time.perf_counter() - begun_s
-    world.comm.Barrier()
+    barrier_on(engine.control)
     work.model = work_model
     return took_s
-
-
-class faster:  # noqa: N801  (a context manager)
-    """Steps before the measured ones, without the time of data blocks."""
-
-    def __init__(self, work: Work) -> None:
-        self._work = work
-
-    def __enter__(self) -> None:
-        self._factor = self._work.factor
-        self._work.factor = lambda iteration: 0.0  # type: ignore[method-assign]
-
-    def __exit__(self, *_: object) -> None:
-        del self._work.factor
 
 
 class Classic:

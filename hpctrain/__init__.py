@@ -8,8 +8,8 @@ if TYPE_CHECKING:
     from hpctrain.grad.accumulate import accumulate
     from hpctrain.grad.coded.config import CodedConfig
     from hpctrain.grad.coded.exchange import Coded
+    from hpctrain.grad.config import ExchangeConfig
     from hpctrain.grad.data_parallel import DataParallel
-    from hpctrain.grad.overlap import ExchangeConfig
     from hpctrain.world import Role, World, join
 
 __version__ = "0.1.0"
@@ -30,7 +30,7 @@ _HOMES = {
     "Coded": "hpctrain.grad.coded.exchange",
     "CodedConfig": "hpctrain.grad.coded.config",
     "DataParallel": "hpctrain.grad.data_parallel",
-    "ExchangeConfig": "hpctrain.grad.overlap",
+    "ExchangeConfig": "hpctrain.grad.config",
     "HpctrainError": "hpctrain.errors",
     "Role": "hpctrain.world",
     "World": "hpctrain.world",

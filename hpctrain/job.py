@@ -37,7 +37,7 @@ from hpctrain.config import nearest, option, read
 from hpctrain.data.generators import seed_generators
 from hpctrain.errors import ExchangeError, JobError, MismatchError
 from hpctrain.grad.coded.config import CodedConfig
-from hpctrain.grad.overlap import ExchangeConfig
+from hpctrain.grad.config import ExchangeConfig
 from hpctrain.train.checkpoint import CheckpointConfig
 from hpctrain.train.coded_loop import CodedTrainer
 from hpctrain.train.inject import InjectConfig

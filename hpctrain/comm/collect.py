@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from mpi4py import MPI
 
-from hpctrain.comm.engine import Channel, Operation, Steps, barrier
+from hpctrain.comm.channel import Channel, Operation, Steps, barrier
 from hpctrain.comm.memory import buffer_of
 
 __all__ = ["all_gather", "all_sum", "barrier_on", "broadcast", "broadcast_tensor"]

@@ -25,7 +25,7 @@ from typing import Any, Protocol
 import torch
 from mpi4py import MPI
 
-from hpctrain.comm.engine import Operation, Steps
+from hpctrain.comm.channel import Operation, Steps
 from hpctrain.comm.memory import Slab
 
 _log = logging.getLogger("hpctrain")

@@ -14,8 +14,9 @@ import torch
 from mpi4py import MPI
 
 from hpctrain.comm import reduce
+from hpctrain.comm.channel import Channel, Operation, Steps
 from hpctrain.comm.collect import all_gather, barrier_on
-from hpctrain.comm.engine import PROGRESS_MODES, Channel, Engine, Operation, Steps
+from hpctrain.comm.engine import PROGRESS_MODES, Engine
 from hpctrain.comm.memory import Slab
 from hpctrain.comm.reducer import ReduceOptions, Reducer
 from hpctrain.comm.select import Tried, median_of_slowest

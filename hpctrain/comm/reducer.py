@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 
 from hpctrain.comm import reduce
+from hpctrain.comm.channel import IN_FLIGHT_BYTES, Channel, Operation, Ticket
 from hpctrain.comm.device import Device, on_device
-from hpctrain.comm.engine import IN_FLIGHT_BYTES, Channel, Operation, Ticket
 from hpctrain.comm.memory import ScratchRing, Slab, aligned, chunk_cuts
 from hpctrain.comm.node import shared_slabs
 from hpctrain.comm.select import Tried, kind_of, select

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
+from hpctrain.comm.channel import Channel, Operation
 from hpctrain.comm.collect import all_gather, barrier_on
-from hpctrain.comm.engine import Channel, Operation
 from hpctrain.comm.memory import Slab
 
 ROUNDS = 3

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from hpctrain.comm.engine import Ticket
+from hpctrain.comm.channel import Ticket
 from hpctrain.comm.memory import ALIGN_BYTES, Slab
 from hpctrain.errors import ExchangeError
 

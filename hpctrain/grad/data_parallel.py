@@ -14,8 +14,9 @@ from torch.utils._pytree import tree_leaves
 from hpctrain.comm.engine import engine_of
 from hpctrain.errors import ExchangeError
 from hpctrain.grad import replicas
+from hpctrain.grad.config import ExchangeConfig
 from hpctrain.grad.next_forward import BlockCheck, NextForward
-from hpctrain.grad.overlap import Exchange, ExchangeConfig
+from hpctrain.grad.overlap import Exchange
 from hpctrain.grad.untraced import untraced
 from hpctrain.world import World, join
 

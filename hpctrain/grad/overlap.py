@@ -29,7 +29,6 @@ import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -37,20 +36,20 @@ from torch import nn
 from torch.autograd import Variable
 from torch.utils.weak import WeakIdKeyDictionary
 
-from hpctrain.comm import reduce
+from hpctrain.comm.channel import Channel
 from hpctrain.comm.collect import all_gather, broadcast
 from hpctrain.comm.device import cuda
 from hpctrain.comm.device_probe import messages_take_device_memory
-from hpctrain.comm.engine import IN_FLIGHT_BYTES, PROGRESS_MODES, Channel, Engine
+from hpctrain.comm.engine import Engine
 from hpctrain.comm.memory import release_freed
-from hpctrain.comm.reducer import CHUNK_BYTES, OnDevice, Parts, ReduceOptions, Reducer
-from hpctrain.config import check, option
+from hpctrain.comm.reducer import OnDevice, Parts, ReduceOptions, Reducer
 from hpctrain.errors import ExchangeError
 from hpctrain.grad import priority
 from hpctrain.grad.blocks import Block, gradient_norm, move, partition, slab_size, usable
+from hpctrain.grad.config import ExchangeConfig
 from hpctrain.grad.next_forward import NextForward
 from hpctrain.grad.priority import StepTimes
-from hpctrain.grad.replicas import BUFFER_MODES, BufferSync
+from hpctrain.grad.replicas import BufferSync
 from hpctrain.grad.trial import Trial, chosen, medians
 from hpctrain.trace import COMPUTE, now_s
 
@@ -58,73 +57,11 @@ _log = logging.getLogger("hpctrain")
 
 AT_ONCE_BYTES = 1 << 15
 """Gradients larger than this are moved into their slab by their own hook."""
-
-
 NEXT_FORWARD_IN_FLIGHT_BYTES = 1 << 20
 """A block that is needed first cannot overtake messages that are on the wire already."""
 
-USED_BY_CODED = ("mode", "block_bytes", "deadline_s")
-"""Settings of the exchange that mode = 'coded' heeds; it has more of its own."""
-
 _exchanges: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """The exchange that averages each parameter's gradient, as a weak reference."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExchangeConfig:
-    """How gradients get from each rank to all ranks."""
-
-    mode: str = option("allreduce", choices=("allreduce", "coded"))
-    """`allreduce`: every rank computes its share of the batch, and gradients are averaged over all
-    ranks. `coded`: several ranks hold each part of the batch, and nobody waits for a slow or dead
-    one; see [coded]."""
-    overlap: bool = True
-    """Send a block while backward computes the next; false sends all blocks after backward."""
-    next_forward: bool = False
-    """Let the next forward begin while blocks are on the wire, and update each before it is needed;
-    in a loop of your own, see DataParallel.overlap_step."""
-    block_bytes: int = option(1 << 20, minimum=1)
-    """Largest block, unless a single parameter is larger."""
-    wire: str = option("same", choices=tuple(reduce.WIRE_DTYPES))
-    """Element type on the wire: the gradient's own, or a 16-bit one that is summed in float32."""
-    way: str = option("auto", choices=("auto", *reduce.WAYS))
-    """How a block is summed (see hpctrain.comm.reduce); auto tries it out on the first step."""
-    deterministic: bool = False
-    """Sum in rank order: the same bits from run to run and for any block size."""
-    buffers: str = option("broadcast", choices=BUFFER_MODES)
-    """What happens to the model's buffers after each step; see grad.replicas.BufferSync."""
-    progress: str = option("auto", choices=("auto", *PROGRESS_MODES))
-    """Who moves blocks while backward runs; auto tries it out on the first steps (grad.trial)."""
-    in_flight_bytes: int = option(IN_FLIGHT_BYTES, minimum=1)
-    """Memory for messages that are on the wire at a time; with `next_forward` at most 1 MB."""
-    chunk_bytes: int = option(CHUNK_BYTES, minimum=64)
-    """Size of operations by messages: larger blocks are cut evenly, so that sums overlap."""
-    deadline_s: float = option(300.0, above=0)
-    """An operation that is not finished by then ends the run, naming the ranks it waits for."""
-
-    def __post_init__(self) -> None:
-        check(self)
-        idle = [
-            field.name
-            for field in fields(self)
-            if field.name not in USED_BY_CODED and getattr(self, field.name) != field.default
-        ]
-        if self.mode == "coded" and idle:
-            raise ExchangeError(
-                f"with mode = 'coded', {', '.join(idle)} would do nothing",
-                allowed=", ".join(USED_BY_CODED),
-                fix="leave them out",
-            )
-        if self.way == "native" and (self.deterministic or self.wire != "same"):
-            raise ExchangeError(
-                "way = 'native' sums in an order and a type that the MPI library chooses",
-                allowed="way = 'direct' or 'auto' with deterministic = true or a 16-bit wire",
-            )
-        if self.way == "ring" and self.deterministic:
-            raise ExchangeError(
-                "way = 'ring' sums an element in an order that depends on its place in the block",
-                allowed="way = 'auto', 'direct', 'shared' or 'two_level' with deterministic = true",
-            )
 
 
 class Exchange:

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from hpctrain.comm import reduce
+from hpctrain.comm.channel import LANES, Channel, Operation, Ticket
 from hpctrain.comm.collect import all_gather, broadcast, broadcast_tensor
-from hpctrain.comm.engine import LANES, Channel, Operation, Ticket
 from hpctrain.comm.memory import Slab
 from hpctrain.errors import MismatchError
 from hpctrain.world import World

@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
+from hpctrain.comm.channel import Channel
 from hpctrain.comm.collect import all_gather, barrier_on, broadcast
-from hpctrain.comm.engine import Channel
 from hpctrain.config import check, option
 from hpctrain.errors import CheckpointError, ExitCode
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from hpctrain.comm.channel import Channel
 from hpctrain.comm.collect import all_gather
-from hpctrain.comm.engine import Channel
 from hpctrain.data.agreement import describe_data, difference, is_steady
 from hpctrain.errors import JobError
 from hpctrain.world import World

@@ -36,6 +36,44 @@ RESCUED_S = 60.0
 """How long a rank waits for another that saves what a dead root cannot."""
 
 
+class Exactness:
+    """Of gradients that a deadline made estimates."""
+
+    def __init__(self) -> None:
+        self._unreported: dict[int, tuple[float, float]] = {}
+        self._steps = self._estimated = 0
+        self._least = 1.0
+        self._worst = math.nan
+
+    def add(self, step: int, covered: float, error: float) -> None:
+        """Of a step: the share of the samples that the gradient was made from, and its standard
+        error over its norm; NaN if that is not known."""
+        self._unreported[step] = covered, error
+        self._steps += 1
+        if covered < 1:
+            self._estimated += 1
+            self._least = min(covered, self._least)
+            self._worst = float(np.fmax(error, self._worst))
+
+    def take(self, step: int) -> dict[str, float]:
+        """What metrics say of a step, once."""
+        if step not in self._unreported:
+            return {}
+        covered, error = self._unreported.pop(step)
+        return {"covered": covered, "gradient_error": error}
+
+    @property
+    def text(self) -> str:
+        """How exact gradients were, if not always."""
+        if not self._estimated:
+            return ""
+        return (
+            f"coded: {self._estimated} of {self._steps} steps were estimated at the deadline, from "
+            f"{self._least:.0%} of the samples or more; standard error of the gradient up to "
+            f"{self._worst:.2g} of its norm"
+        )
+
+
 class CodedTrainer(Trainer):
     """Trains a model with data blocks that several ranks hold. Construction is collective."""
 
@@ -50,7 +88,7 @@ class CodedTrainer(Trainer):
                 allowed="an object with __len__ and __getitem__",
                 everywhere=True,
             )
-        self.model = self.parts.model  # type: ignore[assignment]
+        self.model = self.parts.model
         self.coded = Coded(
             self.parts.model,
             self.optimizer,
@@ -61,8 +99,7 @@ class CodedTrainer(Trainer):
             block_bytes=settings.exchange.block_bytes,
         )
         self._alone = self.coded.engine.alone("checkpoints")
-        self._estimates: dict[int, tuple[float, float]] = {}
-        """By step: the share of the samples that it was made from, and its relative error."""
+        self._exactness = Exactness()
         self._launch = broadcast(self.control, secrets.token_hex(4), label="launch")
         samples = self.coded.samples
         self._firsts = [sum(samples[:block]) for block in range(len(samples))]
@@ -106,7 +143,7 @@ class CodedTrainer(Trainer):
         self._close()
         return figures
 
-    def step(self) -> bool:  # type: ignore[override]
+    def step(self) -> bool:
         """One optimizer step on one global batch; whether this rank could take part in it."""
         begun_s = now_s()
         self.world.position.step = step = self.step_number + 1
@@ -134,8 +171,9 @@ class CodedTrainer(Trainer):
             norm = self._update(torch.tensor(coded.loss))
         self.step_number = coded.step_number
         self._pending.append(StepFigures(coded.loss, norm, coded.exposed_s, now_s() - begun_s))
-        if self.settings.coded.deadline_s:
-            self._estimates[self.step_number] = coded.covered, coded.error / norm if norm else 0.0
+        if self.settings.coded.deadline_s and self.world.is_root:
+            error = coded.error / norm if norm else 0.0
+            self._exactness.add(self.step_number, coded.covered, error)
         late = LATE_STEPS if self.world.is_root else 0
         if self._session_steps() >= self.settings.run.trace_steps + late:
             self.world.trace.active = False
@@ -228,23 +266,7 @@ class CodedTrainer(Trainer):
         return np.array(rows)
 
     def _more_figures(self, step: int) -> dict[str, float]:
-        """Of how much of the data the gradient was made, and its relative standard error."""
-        if step not in self._estimates:
-            return {}
-        covered, error = self._estimates[step]
-        return {"covered": covered, "gradient_error": error}
-
-    def _say_estimates(self) -> None:
-        """How exact the gradients of this session were, if not always."""
-        partial = [found for found in self._estimates.values() if found[0] < 1]
-        if partial:
-            covered, errors = zip(*partial, strict=True)
-            worst = max((error for error in errors if not math.isnan(error)), default=math.nan)
-            self.console.say(
-                f"coded: {len(partial)} of {len(self._estimates)} steps were estimated at the "
-                f"deadline, from {min(covered):.0%} of the samples or more; standard error of the "
-                f"gradient up to {worst:.2g} of its norm"
-            )
+        return self._exactness.take(step)
 
     def _rescue(self) -> None:
         """Save the last step that is whole, on the first rank that comes to it."""
@@ -265,5 +287,6 @@ class CodedTrainer(Trainer):
     def _part(self) -> str:
         """Wait until the run is over; whoever is late or dead is not waited for."""
         self.coded.end()
-        self._say_estimates()
+        if self._exactness.text:
+            self.console.say(self._exactness.text)
         return "coded"

@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
+from hpctrain.comm.channel import Channel
 from hpctrain.comm.collect import all_gather, all_sum, barrier_on
-from hpctrain.comm.engine import Channel, engine_of
+from hpctrain.comm.engine import engine_of
 from hpctrain.comm.measure import clock_offset
 from hpctrain.data.batches import Batches, MapStyle, is_indexed
 from hpctrain.data.generators import generator_state, restore_generators, seed_generators
@@ -53,6 +55,11 @@ class Trainer:
         chosen: run folder to use, instead of a new or an unfinished one.
         fresh: do not continue an earlier run.
     """
+
+    model: nn.Module
+    """What the job's loss is given."""
+    parallel: DataParallel
+    """What exchanges gradients."""
 
     def __init__(
         self,
@@ -132,7 +139,7 @@ class Trainer:
     def _open_exchange(self) -> None:
         """Prepare model and optimizer for the exchange of gradients. Collective."""
         train, exchange = self.settings.train, self.settings.exchange
-        self.model = DataParallel(self.parts.model, exchange, world=self.world)
+        self.model = self.parallel = DataParallel(self.parts.model, exchange, world=self.world)
         if exchange.next_forward:
             if train.clip_norm is not None or train.nonfinite == "skip":
                 raise JobError(
@@ -140,7 +147,7 @@ class Trainer:
                     allowed="no train.clip_norm, and train.nonfinite = 'stop'",
                     everywhere=True,
                 )
-            self.model.overlap_step(self.optimizer, self._check_block)
+            self.parallel.overlap_step(self.optimizer, self._check_block)
 
     def run(self) -> dict[str, float]:
         """Train to the last step, evaluate, save. Returns the last evaluation's figures.
@@ -168,8 +175,8 @@ class Trainer:
         self._close()
         return figures
 
-    def step(self) -> None:
-        """One optimizer step on one global batch."""
+    def step(self) -> bool:
+        """One optimizer step on one global batch; whether this rank took part, as all do here."""
         begun_s = now_s()
         self.world.position.step = step = self.step_number + 1
         share = self.batches.share(self.step_number)
@@ -195,25 +202,26 @@ class Trainer:
             loss = loss + part.detach()
 
         with self._phase("data"):
-            self.model.exchange.weight = share.weight
+            self.parallel.exchange.weight = share.weight
             on_device = (moved(subset, self.device) for subset in share.subsets)
             subsets = self._in_phase("data", on_device)
-        accumulate(self.model, subsets, len(share.sizes), backward)
+        accumulate(self.parallel, subsets, len(share.sizes), backward)
 
         with self._phase("optimizer"):
             norm = self._update(loss)
             self.optimizer.zero_grad(set_to_none=True)
         self.step_number += 1
         self._pending.append(
-            StepFigures(float(loss), norm, self.model.exchange.exposed_s, now_s() - begun_s)
+            StepFigures(float(loss), norm, self.parallel.exchange.exposed_s, now_s() - begun_s)
         )
         if self._session_steps() >= self.settings.run.trace_steps:
             self.world.trace.active = False
+        return True
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Mean loss and metrics over the validation data; empty without any."""
-        self.model.wait_for_gradients()
+        self.parallel.wait_for_gradients()
         data = self.parts.validation_data
         if data is None or len(data) == 0:
             return {}
@@ -247,7 +255,7 @@ class Trainer:
         own: dict[str, Any] = {"generators": generator_state()}
         if self.settings.exchange.buffers == "local":
             own["buffers"] = moved(resume.local_buffers(self.parts.model), HOST)
-        self._write(self.control, self.model.exchange.state_dict(), own)
+        self._write(self.control, self.parallel.exchange.state_dict(), own)
 
     def _write(self, channel: Channel, exchange: dict[str, Any], own: dict[str, Any]) -> None:
         """Write a checkpoint. Collective over the channel.
@@ -310,7 +318,7 @@ class Trainer:
         return norm
 
     def _gradient_norm(self) -> float:
-        return float(self.model.exchange.gradient_norm())
+        return float(self.parallel.exchange.gradient_norm())
 
     def _check_block(self, block: Block) -> None:
         """With `next_forward`: a block has come, and is about to be used."""
@@ -318,7 +326,7 @@ class Trainer:
         step, loss = self._taken
         self._is_usable(norm, loss, step)
         self._block_norms.append(norm)
-        if len(self._block_norms) == len(self.model.exchange.blocks):
+        if len(self._block_norms) == len(self.parallel.exchange.blocks):
             self._late_norms.append(math.hypot(*self._block_norms))
             self._block_norms = []
 
@@ -376,7 +384,7 @@ class Trainer:
     def _clip(self, norm: float) -> None:
         limit = self.settings.train.clip_norm
         if limit is not None and norm > limit:
-            self.model.exchange.scale_gradients(limit / norm)
+            self.parallel.exchange.scale_gradients(limit / norm)
 
     def _set_rate(self) -> None:
         factor = self.settings.schedule.factor(self.step_number, self.settings.train.steps)
@@ -415,7 +423,7 @@ class Trainer:
 
     def _resume_exchange(self, state: Mapping[str, Any], ranks: int) -> None:
         """Restore what depends on ranks and on how gradients are exchanged. Collective."""
-        self.model.exchange.load_state_dict(state["exchange"])
+        self.parallel.exchange.load_state_dict(state["exchange"])
         own = state["own"]
         if own:
             resume.restore_local_buffers(self.parts.model, own.get("buffers", {}))
@@ -429,7 +437,7 @@ class Trainer:
                 if self.settings.exchange.buffers == "local"
                 else "",
             )
-        self.model.check_in_sync()
+        self.parallel.check_in_sync()
 
     def _say_hello(self) -> None:
         world, train = self.world, self.settings.train
@@ -478,7 +486,7 @@ class Trainer:
         """A clock of what this rank does itself: it stands still while it waits for blocks."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        later = self.model.exchange.later
+        later = self.parallel.exchange.later
         return now_s() - (later.waited_s if later else 0.0)
 
     def _session_steps(self) -> int:
@@ -518,7 +526,7 @@ class Trainer:
 
     def _sum_figures(self) -> np.ndarray:
         """The figures of the last steps, one row a step, added up over ranks. Collective."""
-        self.model.wait_for_gradients()  # a report is a meeting of all ranks anyway
+        self.parallel.wait_for_gradients()  # a report is a meeting of all ranks anyway
         for place, norm in enumerate(self._late_norms):
             self._pending[place] = replace(self._pending[place], gradient_norm=norm)
         self._late_norms = []
@@ -559,4 +567,4 @@ class Trainer:
     def _part(self) -> str:
         """Wait for the other ranks; how blocks were moved. Collective."""
         barrier_on(self.control, "end of training")
-        return self.model.exchange.progress
+        return self.parallel.exchange.progress

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hpctrain.comm.channel import Channel
 from hpctrain.comm.collect import all_gather, broadcast
-from hpctrain.comm.engine import Channel
 from hpctrain.config import check, option
 from hpctrain.errors import ExitCode, HpctrainError, JobError, UnfitError
 from hpctrain.records import read_facts

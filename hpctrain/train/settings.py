@@ -12,7 +12,7 @@ from torch import nn
 from hpctrain.config import check, option
 from hpctrain.data.batches import Collate, MapStyle
 from hpctrain.grad.coded.config import CodedConfig
-from hpctrain.grad.overlap import ExchangeConfig
+from hpctrain.grad.config import ExchangeConfig
 from hpctrain.train.checkpoint import CheckpointConfig
 from hpctrain.train.device import DEVICES
 from hpctrain.train.inject import InjectConfig

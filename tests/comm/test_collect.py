@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from hpctrain import World
+from hpctrain.comm.channel import Channel
 from hpctrain.comm.collect import all_gather, all_sum, barrier_on, broadcast, broadcast_tensor
-from hpctrain.comm.engine import Channel, engine_of
+from hpctrain.comm.engine import engine_of
 
 pytestmark = pytest.mark.mpi
 

@@ -14,9 +14,10 @@ from late_device import LateDevice
 
 from hpctrain import World
 from hpctrain.comm import reduce
+from hpctrain.comm.channel import Channel
 from hpctrain.comm.device import DeviceSum, cuda
 from hpctrain.comm.device_probe import messages_take_device_memory
-from hpctrain.comm.engine import Channel, engine_of
+from hpctrain.comm.engine import engine_of
 from hpctrain.comm.reduce.sums import SumInOrder
 from hpctrain.comm.reducer import OnDevice, Parts, ReduceOptions, Reducer
 from hpctrain.errors import ExchangeError

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
+from hpctrain.comm.channel import Channel, Steps
 from hpctrain.comm.collect import barrier_on
-from hpctrain.comm.engine import LONGEST_POLL_S, POLL_S, Channel, Engine, Steps, _Pace, engine_of
+from hpctrain.comm.engine import LONGEST_POLL_S, POLL_S, Engine, _Pace, engine_of
 from hpctrain.world import World
 
 pytestmark = pytest.mark.mpi

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from hpctrain import World
-from hpctrain.comm.engine import Operation, Steps, engine_of
+from hpctrain.comm.channel import Operation, Steps
+from hpctrain.comm.engine import engine_of
 from hpctrain.comm.memory import Slab
 from hpctrain.comm.select import fastest, kind_of, select, size_text
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hpctrain import ExchangeConfig
-from hpctrain.comm import engine, reduce
+from hpctrain.comm import channel, reduce
 from hpctrain.comm.memory import Slab, chunk_cuts
 from hpctrain.plan.cost import WAYS, Layout, Links, all_reduce
 from hpctrain.plan.schedule import (
@@ -46,7 +46,7 @@ def test_window_is_the_engines() -> None:
     config, window = ExchangeConfig(), Window()
     assert window.chunk_bytes == config.chunk_bytes
     assert window.in_flight_bytes == config.in_flight_bytes
-    assert window.operations == engine.IN_FLIGHT
+    assert window.operations == channel.IN_FLIGHT
 
 
 @pytest.mark.parametrize("way", ["native", "direct", "ring", "two_level"])

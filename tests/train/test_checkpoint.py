@@ -18,7 +18,8 @@ import pytest
 import torch
 from torch import nn
 
-from hpctrain.comm.engine import Channel, engine_of
+from hpctrain.comm.channel import Channel
+from hpctrain.comm.engine import engine_of
 from hpctrain.data.generators import generator_state, restore_generators, seed_generators
 from hpctrain.errors import CheckpointError
 from hpctrain.train import checkpoint

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from hpctrain.comm.engine import Channel, engine_of
+from hpctrain.comm.channel import Channel
+from hpctrain.comm.engine import engine_of
 from hpctrain.errors import JobError, UnfitError
 from hpctrain.train.checkpoint import MANIFEST
 from hpctrain.train.metrics import Metrics

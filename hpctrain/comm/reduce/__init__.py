@@ -29,8 +29,8 @@ from collections.abc import Sequence
 import torch
 from mpi4py import MPI
 
+from hpctrain.comm.channel import Operation, Steps
 from hpctrain.comm.device import staged
-from hpctrain.comm.engine import Operation, Steps
 from hpctrain.comm.memory import Slab, buffer_of
 from hpctrain.comm.reduce.messages import Direct, Ring
 from hpctrain.comm.reduce.shared import SharedSum

@@ -14,8 +14,8 @@ from functools import partial
 import torch
 from mpi4py import MPI
 
+from hpctrain.comm.channel import FIRST_FIXED_TAG, LANES, Steps
 from hpctrain.comm.device import Crossing, DeviceSum
-from hpctrain.comm.engine import FIRST_FIXED_TAG, LANES, Steps
 from hpctrain.comm.memory import aligned, buffer_of
 from hpctrain.comm.reduce.sums import SumInOrder, slices
 

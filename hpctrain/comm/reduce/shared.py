@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from mpi4py import MPI
 
-from hpctrain.comm.engine import Steps
+from hpctrain.comm.channel import Steps
 from hpctrain.comm.memory import ALIGN_BYTES, Slab
 from hpctrain.comm.reduce.messages import Direct, Ring
 from hpctrain.comm.reduce.sums import SumInOrder, slices

@@ -27,8 +27,6 @@ class Tally:
     nbytes: int = 0
     sources: dict[int, int] = field(default_factory=dict)
     """The rank whose cell of a data block was used, by data block, in the first of its columns."""
-    dropped: int = 0
-    """Cells that were there already."""
 
 
 @dataclass
@@ -83,8 +81,6 @@ class Aggregator:
         self._waiting: list[tuple[int, Buffer]] = []
         self.tallies: dict[int, Tally] = {}
         """By round; who reads one takes it out."""
-        self.late = 0
-        """Cells of rounds that are over."""
 
     def lay_out(self, columns: Sequence[Column]) -> None:
         """Learn the columns. Cells that came before are taken in now."""
@@ -101,19 +97,16 @@ class Aggregator:
             return
         sums = self._sums_of(buffer.round)
         if sums is None:
-            self.late += 1
             self._pool.drop(buffer)
             return
         column, node = buffer.column, Node(buffer.lo, buffer.hi)
         sums.tally.nbytes += buffer.payload.numel()
         sum_ = sums.sums[column]
         if column in sums.totals and not isinstance(sum_, Vote):  # which compares late ones too
-            sums.tally.dropped += 1
             self._pool.drop(buffer)
             return
-        if not sum_.put(self._index[source], node, buffer):
-            sums.tally.dropped += 1
-        elif column == self._mine[0]:
+        is_new = sum_.put(self._index[source], node, buffer)
+        if is_new and column == self._mine[0]:
             for block in range(*node):
                 sums.tally.sources.setdefault(block, source)
         total = sum_.take_total()

@@ -211,11 +211,6 @@ class Coordinator:
         self.behind.clear()
         return behind
 
-    @property
-    def out(self) -> list[int]:
-        """Workers of which nothing is expected, by their index."""
-        return sorted(self._round.out) if self._round else []
-
     # ------------------------------------------------------------------ rounds
 
     def _join(self, rank: int, buffer: Buffer, now: float) -> None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from math import inf
 
-from hpctrain.grad.coded.assignment import Assignment, lost, with_owners
+from hpctrain.grad.coded.assignment import Assignment, with_owners
 
 MARGIN = 0.25
 """A backup is asked only if it would be faster by this part of the time that it needs."""
@@ -144,16 +144,6 @@ class Round:
         ]
         self.out = set(dead)
         """Workers that are dead, or silent for so long that nothing is expected of them."""
-
-    @property
-    def complete(self) -> bool:
-        """Whether every data block was computed by somebody who may still send it."""
-        return len(self.done_by) == self.assignment.blocks
-
-    def lost(self) -> tuple[int, ...]:
-        """Data blocks that nobody has and nobody can compute."""
-        gone = lost(self.assignment, self.out)
-        return tuple(block for block in gone if block not in self.done_by)
 
     def joined(self, worker: int, own: Sequence[int], now: float) -> list[Order]:
         """A worker begins with data blocks that it takes for its own; what it need not compute."""

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
-from hpctrain.comm.engine import Engine
-from hpctrain.comm.mailbox import Mailbox
 from hpctrain.grad.coded.aggregator import Aggregator
 from hpctrain.grad.coded.cells import HEADER_BYTES, Buffer, Kind, Pool, content
-from hpctrain.grad.coded.config import Hands
 from hpctrain.grad.coded.coordinator import Coordinator
 from hpctrain.grad.coded.worker import Worker
 from hpctrain.trace import now_s
@@ -17,40 +15,69 @@ BEAT_S = 0.25
 """How often a rank says that it lives, if it has nothing else to say."""
 ROOT_LOST_S = 10.0
 """A root that is silent for so long is dead, where the MPI library does not say."""
-LISTEN_S = 2e-2
-"""How late a rank that computes may hear that a data block is not needed any more. Shorter, and
-listening costs all ranks more than what is computed in vain costs a few."""
 
 _FOR_THE_FIRST_ROOT = frozenset((Kind.JOIN, Kind.DONE, Kind.ORDER, Kind.BEAT, Kind.BEHIND))
 
 
+class Outbox(Protocol):
+    """What sends; see comm.mailbox.Mailbox."""
+
+    sent_s: dict[int, float]
+    """When this rank last sent something to each rank."""
+    dead: set[int]
+    """Ranks that are known to be dead."""
+
+    def send(self, rank: int, letter: Any) -> None:
+        """Send, also to oneself."""
+
+
 class Desk:
-    """See comm.mailbox.Postman. Construction is collective.
+    """A postman; see comm.mailbox.Postman. Pure but for what it is opened with.
+
+    Args:
+        rank: this rank.
+        ranks: number of all ranks.
+        roots: the ranks that add up; the first also decides.
+        pool: of buffers.
+        now: the clock, in seconds.
+        beat_s: how often a rank says that it lives, if it has nothing else to say.
 
     Attributes:
-        mailbox: sends and receives.
         layout: the order of parameters on which all agreed, once it has come.
         is_closed: whether this rank says no more that it lives.
     """
 
-    def __init__(self, engine: Engine, pool: Pool, hands: Hands) -> None:
+    def __init__(
+        self,
+        rank: int,
+        ranks: int,
+        roots: Sequence[int],
+        pool: Pool,
+        now: Callable[[], float] = now_s,
+        beat_s: float = BEAT_S,
+    ) -> None:
+        self._rank, self._ranks = rank, ranks
+        self._roots = tuple(roots)
         self._pool = pool
-        self._roots = hands.roots
-        self._rank, self._size = engine.world.rank, engine.world.size
+        self._now = now
+        self._beat_s = beat_s
         self.layout: bytes | None = None
         self.is_closed = False
         self._dead_root: int | None = None
-        self._heard_s = dict.fromkeys(hands.roots, now_s())
+        self._heard_s = dict.fromkeys(roots, now())
         self._beaten_s = 0.0
-        self._ticked_s = now_s()
-        self.mailbox = Mailbox(engine, self, LISTEN_S)
+        self._ticked_s = now()
 
     def open(
-        self, worker: Worker, aggregator: Aggregator | None, coordinator: Coordinator | None
+        self,
+        outbox: Outbox,
+        worker: Worker,
+        aggregator: Aggregator | None,
+        coordinator: Coordinator | None,
     ) -> None:
-        """Hand messages to these from now on."""
+        """Have these to hand messages to, before the first one comes."""
+        self._outbox = outbox
         self._worker, self._aggregator, self._coordinator = worker, aggregator, coordinator
-        self.mailbox.open()
 
     def lost_root(self) -> str | None:
         """What is wrong with a root, if this rank is none itself."""
@@ -59,7 +86,7 @@ class Desk:
         if self._rank in self._roots:
             return None
         for root, heard_s in self._heard_s.items():
-            if now_s() - heard_s > ROOT_LOST_S:
+            if self._now() - heard_s > ROOT_LOST_S:
                 return f"rank {root}, which adds up gradients, is silent"
         return None
 
@@ -73,13 +100,13 @@ class Desk:
         """A message is there."""
         kind = letter.kind
         if source in self._heard_s:
-            self._heard_s[source] = now_s()
+            self._heard_s[source] = self._now()
         if kind is Kind.CELL:
             assert self._aggregator
             self._aggregator.receive(source, letter)
         elif kind in _FOR_THE_FIRST_ROOT:
             if kind is Kind.JOIN and letter.hi and self._aggregator:
-                self._aggregator.joined(source, letter.round, now_s())
+                self._aggregator.joined(source, letter.round, self._now())
             if self._coordinator:
                 self._coordinator.receive(source, letter)
             else:
@@ -108,15 +135,15 @@ class Desk:
         if self._aggregator:
             self._aggregator.tick(now)
         deaf_s, self._ticked_s = now - self._ticked_s, now
-        if deaf_s > BEAT_S:  # it is not the others that were silent
+        if deaf_s > self._beat_s:  # it is not the others that were silent
             self._heard_s = {root: s + deaf_s for root, s in self._heard_s.items()}
-        if now - self._beaten_s > BEAT_S and not self.is_closed:
+        if now - self._beaten_s > self._beat_s and not self.is_closed:
             self._beaten_s = now
             self._beat(now)
 
     def _beat(self, now: float) -> None:
         """Say that this rank lives, to whom it has said nothing for a while."""
-        for other in range(self._size) if self._rank in self._roots else self._roots[:1]:
-            silent_s = now - self.mailbox.sent_s.get(other, 0.0)
-            if other != self._rank and other not in self.mailbox.dead and silent_s > BEAT_S:
-                self.mailbox.send(other, self._pool.message(Kind.BEAT, self._worker.round))
+        for other in range(self._ranks) if self._rank in self._roots else self._roots[:1]:
+            silent_s = now - self._outbox.sent_s.get(other, 0.0)
+            if other != self._rank and other not in self._outbox.dead and silent_s > self._beat_s:
+                self._outbox.send(other, self._pool.message(Kind.BEAT, self._worker.round))

@@ -15,6 +15,7 @@ from torch import nn
 
 from hpctrain.comm.device import Device, Event, cuda
 from hpctrain.comm.engine import engine_of
+from hpctrain.comm.mailbox import Mailbox
 from hpctrain.data.generators import kept_generators, seed_by
 from hpctrain.errors import ExchangeError
 from hpctrain.grad import replicas
@@ -37,6 +38,9 @@ _log = logging.getLogger("hpctrain")
 
 WAIT_S = 5e-4
 """Longest sleep between two polls of a rank that waits."""
+LISTEN_S = 2e-2
+"""How late a rank that computes may hear that a data block is not needed any more. Shorter, and
+listening costs all ranks more than what is computed in vain costs a few."""
 
 _NONE = object()
 """Stands for a subset where there is none."""
@@ -146,8 +150,8 @@ class Coded:
         """The ends of the copies of results to the device."""
 
         self.engine.tolerate_deaths()
-        self._desk = Desk(self.engine, pool, hands)
-        self.mailbox = self._desk.mailbox
+        self._desk = Desk(rank, size, hands.roots, pool)
+        self.mailbox = Mailbox(self.engine, self._desk, LISTEN_S)
         post = self.mailbox.send
         index = hands.workers.index(rank) if rank in hands.workers else -1
         holds_back = not config.deadline_s  # else what is held back would be missing then
@@ -172,7 +176,8 @@ class Coded:
         self._record = Record(
             self.engine, hands.workers, self.samples, self.aggregator, self.coordinator
         )
-        self._desk.open(self.worker, self.aggregator, self.coordinator)
+        self._desk.open(self.mailbox, self.worker, self.aggregator, self.coordinator)
+        self.mailbox.open()
 
     # ------------------------------------------------------------------ a step
 

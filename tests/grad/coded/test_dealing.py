@@ -22,6 +22,10 @@ LOOK_S = 0.05
 # ---------------------------------------------------------------------- a run in virtual time
 
 
+def is_complete(round_: Round) -> bool:
+    return len(round_.done_by) == round_.assignment.blocks
+
+
 @dataclass
 class Outcome:
     """What became of a round."""
@@ -99,7 +103,7 @@ class Run:
                 hand.queue = [*assignment.owned(worker)]
                 follow(round_.joined(worker, assignment.owned(worker), self.now_s))
         look_s = begun_s
-        while not round_.complete:
+        while not is_complete(round_):
             look_s += LOOK_S
             while True:
                 worker = min(range(len(hands)), key=lambda w: hands[w].ends_s)
@@ -110,10 +114,10 @@ class Run:
                 assert block is not None
                 hand.block, hand.ends_s = None, inf
                 follow(round_.done(worker, block, self.now_s))
-                if round_.complete:
+                if is_complete(round_):
                     break
                 follow(round_.decide(self.now_s))
-            if not round_.complete:
+            if not is_complete(round_):
                 self.now_s = look_s
                 follow(round_.decide(self.now_s))
                 assert self.now_s - begun_s < 1000
@@ -272,7 +276,7 @@ def test_the_straggler_is_told_what_others_do() -> None:
     assert clock.decide(2) == orders((Act.HELP, 1, 4), (Act.TAKEN, 2, 4))
     assert clock.done(0, 5, now=3) == set()
     assert clock.done(2, 4, now=3.5) == orders((Act.DROP, 1, 4))
-    assert clock.round.complete
+    assert is_complete(clock.round)
     assert clock.round.done_by == {0: 0, 1: 0, 2: 1, 3: 1, 4: 2, 5: 0}
     assert not clock.round.redundant
     assert not clock.decide(4)
@@ -358,7 +362,7 @@ def test_who_goes_out_has_done_nothing() -> None:
     assert clock.decide(2.1) == orders((Act.HELP, 2, 1))
     clock.done(1, 0, now=3)
     clock.done(2, 1, now=3)
-    assert clock.round.complete
+    assert is_complete(clock.round)
 
 
 def test_who_comes_back_has_done_what_it_did() -> None:
@@ -367,17 +371,17 @@ def test_who_comes_back_has_done_what_it_did() -> None:
     clock.done(0, 0, 1, now=2)
     clock.done(1, 2, 3, now=2)
     clock.done(2, 4, 5, now=2)
-    assert clock.round.complete
+    assert is_complete(clock.round)
     clock.round.went_out(0)
     clock.round.went_out(1)
-    assert not clock.round.complete
+    assert not is_complete(clock.round)
     assert clock.decide(2) == orders((Act.HELP, 2, 0))
     assert {*clock.round.came_back(0, 2.5)} == orders((Act.DROP, 2, 0))
-    assert not clock.round.complete
+    assert not is_complete(clock.round)
     assert clock.decide(3) == orders((Act.HELP, 0, 2), (Act.HELP, 2, 3))
     clock.done(2, 3, now=4)
     assert {*clock.round.came_back(1, 4)} == orders((Act.DROP, 0, 2))
-    assert clock.round.complete
+    assert is_complete(clock.round)
     assert clock.round.done_by == {0: 0, 1: 0, 2: 1, 3: 2, 4: 2, 5: 2}
 
 
@@ -394,15 +398,15 @@ def test_all_were_silent() -> None:
     assert clock.decide(9) == orders((Act.HELP, 0, 1), (Act.TAKEN, 1, 1))
 
 
-def test_lost() -> None:
+def test_what_was_computed_may_have_gone_with_who_computed_it() -> None:
     round_ = Round(Assignment(3, ((0, 1), (1, 2), (2, 0))), Paces(3), 0.0, dead=[0])
-    assert round_.lost() == ()
-    round_.joined(1, [1], 0)
-    round_.done(1, 1, 1)
+    for worker in (1, 2):
+        round_.joined(worker, [worker], 0)
+        round_.done(worker, worker, 1)
     round_.went_out(2)
-    assert round_.lost() == (2,)
+    assert round_.done_by == {1: 1}
     round_.went_out(1)
-    assert round_.lost() == (0, 1, 2)
+    assert round_.done_by == {}
 
 
 def test_late_ones_need_not_compute_what_is_there_or_taken() -> None:

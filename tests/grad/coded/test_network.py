@@ -25,6 +25,7 @@ from hpctrain.grad.coded.assignment import place
 from hpctrain.grad.coded.cells import HEADER_BYTES, Buffer, Kind, Pool, content
 from hpctrain.grad.coded.collecting import WholeSum
 from hpctrain.grad.coded.coordinator import Coordinator, Silence, evaluation_assignment
+from hpctrain.grad.coded.desk import Desk
 from hpctrain.grad.coded.schemes import Scheme
 from hpctrain.grad.coded.sums import Node, tree_of
 from hpctrain.grad.coded.worker import Worker
@@ -164,6 +165,20 @@ class Column:
         raise NotImplementedError
 
 
+class Outbox:
+    """What a rank sends with."""
+
+    def __init__(self, rank: Rank) -> None:
+        self._rank = rank
+        self.sent_s: dict[int, float] = {}
+        self.dead = rank.network.known_dead
+
+    def send(self, to: int, letter: Buffer) -> None:
+        network = self._rank.network
+        self.sent_s[to] = network.now_s
+        network.post(self._rank, to, letter)
+
+
 class Rank:
     """A rank: its own pool, its side of the protocol, and a main thread."""
 
@@ -178,17 +193,16 @@ class Rank:
         self.index = number - scene.first
         self.dead = False
         self.frozen_until_s = 0.0
-        self.said_s = 0.0
         self.step = 0
         self.round = -1
         self.moves = 0
         self.columns: list[Column] = []
-        self.layout: bytes | None = None
         self.finished = False
         self.early_bytes = 0
         """The most memory in the first quarter of all rounds."""
         self.began_s = 0.0
-        post = self.post
+        self.outbox = Outbox(self)
+        post = self.post = self.outbox.send
         scheme = Scheme(network.assignment, "spread")
         self.worker = Worker(post, self.pool, self.roots, scheme, self.index)
         if self.index >= 0:
@@ -207,31 +221,18 @@ class Rank:
                 Silence(OUT_S, float("inf")),
                 self.roots,
             )
+        self.desk = Desk(
+            *(number, scene.size, self.roots, self.pool, lambda: network.now_s),
+            beat_s=BEAT_S,
+        )
+        self.desk.open(self.outbox, self.worker, self.aggregator, self.coordinator)
         self.waits = False
         self.main = self._run()
 
     # ------------------------------------------------------------------ messages
 
-    def post(self, to: int, letter: Buffer) -> None:
-        self.network.post(self, to, letter)
-
     def came(self, source: int, letter: Buffer) -> None:
-        kind = letter.kind
-        if kind is Kind.CELL:
-            assert self.aggregator
-            self.aggregator.receive(source, letter)
-        elif kind in (Kind.JOIN, Kind.DONE, Kind.ORDER, Kind.BEAT, Kind.BEHIND):
-            if kind is Kind.JOIN and letter.hi and self.aggregator:
-                self.aggregator.joined(source, letter.round)
-            if self.coordinator:
-                self.coordinator.receive(source, letter)
-            else:
-                self.pool.drop(letter)
-        elif kind is Kind.LAYOUT:
-            self.layout = self.layout or content(letter)
-            self.pool.drop(letter)
-        else:
-            self.worker.receive(letter)
+        self.desk.came(source, letter)
         self.look()
 
     def look(self) -> None:
@@ -243,16 +244,11 @@ class Rank:
     def go_on(self) -> None:
         pause_s = next(self.main, None)
         if pause_s is None:
-            self.finished = True
+            self.finished = self.desk.is_closed = True
         elif pause_s < 0:
             self.waits = True
         else:
             self.network.at(pause_s, self, self.go_on)
-
-    def beat(self) -> None:
-        now_s = self.network.now_s
-        if not self.finished and now_s - self.said_s > BEAT_S:
-            self.post(0, self.pool.message(Kind.BEAT, self.round))
 
     # ------------------------------------------------------------------ the main thread
 
@@ -314,7 +310,7 @@ class Rank:
         if computed and not self.columns:
             yield takes_s * 0.5
             self.post(0, self.pool.message(Kind.ORDER, self.round, data=b"layout"))
-            while self.layout is None:
+            while self.desk.layout is None:
                 yield -1
             self._take_layout()
         elif computed:
@@ -362,7 +358,7 @@ class Rank:
         return True
 
     def _take_layout(self) -> None:
-        if self.layout is not None and not self.columns:
+        if self.desk.layout is not None and not self.columns:
             roots = self.network.scene.roots
             self.columns = [Column(n % roots) for n in range(self.network.scene.columns)]
             if self.aggregator:
@@ -458,7 +454,6 @@ class Network:
 
     def post(self, source: Rank, to: int, letter: Buffer) -> None:
         rank, draw = self.ranks[to], self.draw
-        source.said_s = self.now_s if to == 0 else source.said_s
         if rank is source:
             self.at(0, rank, lambda: rank.came(to, letter))
             return
@@ -494,9 +489,7 @@ class Network:
 
     def _tell_of(self, rank: Rank) -> None:
         self.known_dead.add(rank.number)
-        coordinator = self.ranks[0].coordinator
-        assert coordinator
-        coordinator.died(rank.number)
+        self.ranks[0].desk.died(rank.number)
 
     def _lose(self, event: Event) -> None:
         """It was for a rank that is dead."""
@@ -511,10 +504,7 @@ class Network:
         if self.ends:
             return
         assert rank.finished or self.now_s - rank.began_s < HANGS_S, f"{rank.number} hangs"
-        if rank.coordinator:
-            rank.coordinator.tick(self.now_s)
-        else:
-            rank.beat()
+        rank.desk.tick(self.now_s)
         self.at(LOOK_S if rank.coordinator else BEAT_S, rank, lambda: self._tick(rank))
 
     def run(self) -> None:
