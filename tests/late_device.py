@@ -5,11 +5,15 @@ Whoever reads too early sees old values, and whoever forgets to wait sees them i
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 
 import torch
 
 from hpctrain.comm.device import Work
+
+_lock = threading.RLock()
+"""The engine's thread asks too."""
 
 
 class LateEvent:
@@ -21,18 +25,20 @@ class LateEvent:
         self._left = asked
 
     def query(self) -> bool:
-        self._left -= 1
-        if self._left <= 0:
-            self.complete()
-        return self._work is None
+        with _lock:
+            self._left -= 1
+            if self._left <= 0:
+                self.complete()
+            return self._work is None
 
     def complete(self) -> None:
         """Do the work, after everything before it."""
-        for event in self._after:
-            event.complete()
-        if self._work:
-            work, self._work = self._work, None
-            work()
+        with _lock:
+            if self._work:
+                for event in self._after:
+                    event.complete()
+                work, self._work, self._after = self._work, None, ()
+                work()
 
 
 class LateDevice:

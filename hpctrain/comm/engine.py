@@ -158,7 +158,7 @@ class Engine:
     def alone(self, name: str) -> Channel:
         """Make a channel of this rank only, for what others need not take part in."""
         with self.exclusive():
-            channel = Channel(self, MPI.COMM_SELF.Dup(), name, IN_FLIGHT_BYTES)
+            channel = Channel(self, MPI.COMM_SELF.Dup(), name, IN_FLIGHT_BYTES, number=-1)
             self._channels.append(channel)
         return channel
 
@@ -277,8 +277,8 @@ class Engine:
                 self._back_off(self._polled_s - moved_s, longest_s)
         finally:
             self._waiters -= 1
-            if self.busy and self.progress == "thread":  # what is left is the thread's again
-                self._wake.set()
+            if self._listeners or (self.busy and self.progress == "thread"):
+                self._wake.set()  # what is left is the thread's again
 
     def _back_off(self, idle_s: float, longest_s: float = POLL_S) -> None:
         """Leave the core to ranks that compute, and to the kernel."""

@@ -85,6 +85,8 @@ class Mailbox:
         self._to_self: deque[Letter] = deque()
         self._sending: list[_Entry] = []
         self._receiving: list[_Entry] = []
+        self._lost: list[_Entry] = []
+        """To and from ranks that died meanwhile: MPI may still touch their memory."""
         self._status = MPI.Status()
         self.dead: set[int] = set()
         self.sent_s: dict[int, float] = {}
@@ -115,6 +117,10 @@ class Mailbox:
     def leaving(self) -> bool:
         """Whether messages of this rank have not left yet, but for those to dead ranks."""
         return bool(self._outbox or self._sending)
+
+    def is_sending(self, rank: int) -> bool:
+        """Whether something to the rank has not left yet."""
+        return any(to == rank for _, to, _ in self._sending)
 
     def abandon(self) -> None:
         """This rank needs it no more, but others may still need what this rank answers."""
@@ -160,13 +166,15 @@ class Mailbox:
                 request = self._comm.Isend([letter.mpi, MPI.BYTE], rank)
             except MPI.Exception as error:
                 self._failed(error)
+                self._postman.sent(letter)
                 continue
             self._counts_to[rank] += 1
             has_left = self._test(request, rank)
             if has_left:  # as most small ones do: they need no further poll
                 self._postman.sent(letter)
-            elif has_left is not None:
-                self._sending.append((request, rank, letter))
+            else:
+                under_way = self._lost if has_left is None else self._sending
+                under_way.append((request, rank, letter))
         return moved
 
     def _take_in(self) -> bool:
@@ -192,9 +200,7 @@ class Mailbox:
         under_way: list[_Entry] = []
         for entry in self._receiving:
             done = self._test(entry[0], entry[1])
-            if done is None:
-                continue  # its sender died while it was coming; the memory may still be written to
-            (came if done else under_way).append(entry)
+            (self._lost if done is None else came if done else under_way).append(entry)
         self._receiving = under_way
         for _, source, letter in came:
             self._counts_from[source] += 1
@@ -209,9 +215,7 @@ class Mailbox:
         under_way: list[_Entry] = []
         for entry in self._sending:
             done = self._test(entry[0], entry[1])
-            if done is None:
-                continue
-            (left if done else under_way).append(entry)
+            (self._lost if done is None else left if done else under_way).append(entry)
         self._sending = under_way
         for _, _, letter in left:
             self._postman.sent(letter)

@@ -6,11 +6,11 @@ it, rank 0 alone records and saves, and whatever ranks compute together goes thr
 
 from __future__ import annotations
 
+import logging
 import math
 import secrets
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ import torch
 
 from hpctrain.comm.collect import broadcast
 from hpctrain.data.batches import is_indexed, split_evenly, subset_sizes
-from hpctrain.errors import JobError
+from hpctrain.errors import HpctrainError, JobError
 from hpctrain.grad.coded.config import LostError
 from hpctrain.grad.coded.exchange import Coded
 from hpctrain.trace import now_s
@@ -27,6 +27,8 @@ from hpctrain.train.device import moved
 from hpctrain.train.loop import Trainer
 from hpctrain.train.metrics import StepFigures
 from hpctrain.world import fail
+
+_log = logging.getLogger("hpctrain")
 
 CLAIM = ".rescue-"
 """Names a file by which one of several ranks takes it upon itself to save."""
@@ -271,18 +273,26 @@ class CodedTrainer(Trainer):
     def _rescue(self) -> None:
         """Save the last step that is whole, on the first rank that comes to it."""
         if self.world.is_root:
-            self.save()
+            self._save_if_possible()
             return
-        folder = self.run_folder.checkpoints
-        claim = folder.parent / f"{CLAIM}{self._launch}"
-        with suppress(OSError):
+        claim = self.run_folder.path / f"{CLAIM}{self._launch}"
+        saved = claim.with_suffix(".done")
+        try:
             claim.touch(exist_ok=False)
+        except FileExistsError:  # another rank does it
+            given_up_s = now_s() + RESCUED_S
+            while now_s() < given_up_s and not saved.exists():
+                time.sleep(0.1)
+        else:
+            self._save_if_possible()
+            claim.rename(saved)
+
+    def _save_if_possible(self) -> None:
+        """Also where the disk is full: why the run ends is what counts."""
+        try:
             self._write(self._alone, self.coded.state_dict(), {})
-            claim.rename(claim.with_suffix(".done"))
-            return
-        given_up_s = now_s() + RESCUED_S
-        while now_s() < given_up_s and not claim.with_suffix(".done").exists():
-            time.sleep(0.1)
+        except (OSError, HpctrainError) as error:
+            _log.error("the last step that was whole could not be saved: %s", error)
 
     def _part(self) -> str:
         """Wait until the run is over; whoever is late or dead is not waited for."""

@@ -129,7 +129,6 @@ class Injection:
             )
         self.config = config
         self.strikes = True
-        self._is_due = False
         self._has_struck = False
         self._rank = rank
         self._ranks = tuple(config.ranks or range(size))
@@ -252,16 +251,14 @@ class Injection:
             step: counted from 1.
             block: number of the micro-batch or data block, counted from 0 in each step.
             blocks: how many the rank has in this step. With several, the first one is done when it
-                is struck; if it computes no second one, it is struck in the next step.
+                is struck; if it computes no second one, it is struck in its next step.
         """
         config = self.config
         if self._has_struck or self._rank not in self._ranks or not self.strikes:
             return
-        if step == config.step:
-            self._is_due = True  # if only in the next step, where others took its data blocks
-            if block != min(1, blocks - 1):
-                return
-        elif not (self._is_due and step == (config.step or 0) + 1):
+        if config.step is None or step < config.step:
+            return
+        if step == config.step and block != min(1, blocks - 1):
             return
         self._has_struck = True
         if config.kind == "stall":

@@ -554,9 +554,9 @@ class Trainer:
     def _close(self) -> None:
         self.world.position.phase = "closing"
         self.console.finish()
+        progress = self._part()
         self.world.trace.close()
         self._log.close()
-        progress = self._part()
         if self._metrics:
             self._metrics.close()
             self.run_folder.write_facts(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import threading
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -17,6 +19,15 @@ from hpctrain.grad.blocks import partition
 from hpctrain.grad.coded.cells import Buffer, Pool, balanced
 from hpctrain.grad.coded.columns import BufferColumn, GradientColumn, buffer_columns
 from hpctrain.grad.coded.worker import Worker
+
+
+class _Copy(NamedTuple):
+    """Of a cell from the device to the host."""
+
+    ended: Event
+    cell: Buffer | None
+    """None for what follows the copy before it."""
+    then: Callable[[], object]
 
 
 class Backward:
@@ -68,8 +79,9 @@ class Backward:
         """Columns of the data block that have been handed over."""
         self._streams = False
         """Whether backward of its last subset runs, so that what is complete goes out."""
-        self._copies: deque[tuple[Event, int, Buffer, int]] = deque()
-        """Cells that are being copied from the device."""
+        self._copies: deque[_Copy] = deque()
+        """From the device, in the order in which they end. Moved by any thread, under a lock."""
+        self._lock = threading.Lock()
         this = weakref.ref(self)
         for index, parameter in enumerate(self.parameters):
             parameter.register_post_accumulate_grad_hook(partial(_hook, this, index))
@@ -108,6 +120,13 @@ class Backward:
             buffers.pack(cell, self._block, share)
             cell.loss = 0.0
             self._worker.put(buffers.index, cell, self._block)
+        block = self._worker.finish()
+        with self._lock:
+            if self._copies:  # nobody gives the data block up before its cells are on the host
+                ended = self._copies[-1].ended
+                self._copies.append(_Copy(ended, None, lambda: self._worker.done(block)))
+                return
+        self._worker.done(block)
 
     def forget(self) -> None:
         """The data block is over: its gradients are not needed any more."""
@@ -151,9 +170,11 @@ class Backward:
         cell.loss = self._loss
         if copied is None:
             worker.put(column.index, cell, block)
-        else:
-            self._copies.append((copied, column.index, cell, block))
-            self.move_copies()
+            return
+        with self._lock:
+            then = partial(worker.put, column.index, cell, block)
+            self._copies.append(_Copy(copied, cell, then))
+        self.move_copies()
 
     # ------------------------------------------------------------------ the model's buffers
 
@@ -170,20 +191,25 @@ class Backward:
     # ------------------------------------------------------------------ copies from a device
 
     def move_copies(self) -> None:
-        """Put in cells whose copies from the device have ended, in order."""
-        while self._copies and self._copies[0][0].query():
-            _, column, cell, block = self._copies.popleft()
-            self._worker.put(column, cell, block)
+        """Put in cells whose copies from the device have ended, in order. Any thread."""
+        if self._copies:
+            with self._lock:
+                while self._copies and self._copies[0].ended.query():
+                    self._copies.popleft().then()
 
     @property
     def events(self) -> list[Event]:
         """The ends of copies that are under way."""
-        return [event for event, *_ in self._copies]
+        with self._lock:
+            return [copy.ended for copy in self._copies]
 
     def drop_copies(self) -> None:
         """What is still copied came too late for the round."""
-        while self._copies:
-            self._pool.drop(self._copies.popleft()[2])
+        with self._lock:
+            copies, self._copies = self._copies, deque()
+        for copy in copies:
+            if copy.cell:
+                self._pool.drop(copy.cell)
 
     # ------------------------------------------------------------------ columns
 

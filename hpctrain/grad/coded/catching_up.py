@@ -40,7 +40,7 @@ def unpack(
     data: bytes, module: nn.Module, optimizer: torch.optim.Optimizer, extra: Stateful | None
 ) -> int:
     """Take over what `packed` gave. Returns the number of steps."""
-    state = torch.load(io.BytesIO(data), weights_only=True)
+    state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     module.load_state_dict(state["module"])
     optimizer.load_state_dict(state["optimizer"])
     if extra:

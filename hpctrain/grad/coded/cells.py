@@ -59,6 +59,9 @@ class Kind(IntEnum):
     """The sender has no results of round `round` any more, which rank lo has begun only now."""
 
 
+_OF_ANY_SIZE = frozenset((Kind.STATE, Kind.OVER, Kind.ORDER, Kind.LAYOUT))
+
+
 class Buffer:
     """A message: header and payload in one piece of host memory.
 
@@ -94,9 +97,10 @@ class Buffer:
         return Kind(int(self._words[0]))
 
     @property
-    def is_state(self) -> bool:
-        """Whether it holds a state, which is large, seldom, and of another size each time."""
-        return int(self._words[0]) == Kind.STATE
+    def is_unique(self) -> bool:
+        """Whether it is of another size each time, as text is."""
+        kind = int(self._words[0])
+        return kind in _OF_ANY_SIZE or (kind == Kind.DONE and self.payload.numel() > 0)
 
     @property
     def round(self) -> int:
@@ -187,7 +191,7 @@ class Pool:
         with self._lock:
             buffer.holders -= 1
             assert buffer.holders >= 0
-            if buffer.holders == 0 and buffer.is_state:
+            if buffer.holders == 0 and buffer.is_unique:
                 self.made_bytes -= buffer.whole.numel()
             elif buffer.holders == 0:
                 self._free[buffer.payload.numel()].append(buffer)

@@ -190,7 +190,8 @@ class BufferColumn:
     """Buffers of the model of one dtype: what the forwards of each data block make of them.
 
     Floating-point ones become the mean over samples of what they were after each data block, all
-    others what they were after data block 0. Every data block begins with those of the step.
+    others what they were after data block 0. Every data block begins with those of the step. What
+    travels of the former is by how much they changed, so that constants keep their bits.
     """
 
     def __init__(
@@ -201,8 +202,8 @@ class BufferColumn:
         self._module = module
         self._names = tuple(names)
         self.is_linear = False
-        self._averages = dtype.is_floating_point
-        self._dtype = torch.float64 if dtype.is_floating_point else torch.int64
+        self._averages = dtype.is_floating_point or dtype.is_complex
+        self._dtype = torch.float64 if self._averages else torch.int64
         self.add = add_cells(self._dtype)
         self.nbytes = 8 * sum(buffer.numel() for buffer in self._buffers())
         self._begin: list[torch.Tensor] = []
@@ -218,21 +219,29 @@ class BufferColumn:
                 buffer.copy_(value)
 
     def pack(self, cell: Buffer, block: int, weight: float) -> None:
-        """Put what the buffers are after a data block into a cell, with that block's weight."""
-        flat = torch.cat([b.flatten().to("cpu", self._dtype) for b in self._buffers()])
+        """Put what a data block made of the buffers into a cell, with that block's weight."""
+        flat = self._flat(self._buffers())
         if self._averages and weight:
-            flat.mul_(weight)
-        elif self._averages or block != 0:  # also of what is infinite, such as a mask
+            begin = self._flat(self._begin)
+            is_same = flat == begin  # also of what is infinite, such as a mask
+            flat.sub_(begin).mul_(weight)[is_same] = 0
+        elif self._averages or block != 0:
             flat.zero_()
         cell.numbers(self._dtype).copy_(flat)
 
     def show(self, result: Buffer) -> None:
         """Set the buffers to what all data blocks made of them together."""
+        flat = result.numbers(self._dtype)
+        if self._averages:
+            flat = flat + self._flat(self._begin)
         buffers = self._buffers()
-        parts = result.numbers(self._dtype).split([buffer.numel() for buffer in buffers])
+        parts = flat.split([buffer.numel() for buffer in buffers])
         with torch.no_grad():
             for buffer, part in zip(buffers, parts, strict=True):
                 buffer.copy_(part.view(buffer.shape))
+
+    def _flat(self, buffers: Sequence[torch.Tensor]) -> torch.Tensor:
+        return torch.cat([buffer.flatten().to("cpu", self._dtype) for buffer in buffers])
 
     def scale(self, cell: Buffer, factor: float) -> None:
         """Multiply a cell, if it is part of a mean."""
@@ -253,7 +262,8 @@ class BufferColumn:
 
     def _buffers(self) -> list[torch.Tensor]:
         named = dict(self._module.named_buffers())
-        return [named[name].detach() for name in self._names]
+        found = (named[name].detach() for name in self._names)
+        return [torch.view_as_real(b) if b.is_complex() else b for b in found]
 
 
 def digest_of(tensors: Sequence[torch.Tensor], loss: float) -> bytes:
@@ -268,6 +278,6 @@ def buffer_columns(module: nn.Module, root: int) -> list[BufferColumn]:
     """The columns of the module's buffers, one a dtype; they get their index later."""
     kinds: dict[torch.dtype, list[str]] = {}
     for name, buffer in module.named_buffers():
-        if buffer.numel() and not buffer.is_complex():
+        if buffer.numel():
             kinds.setdefault(buffer.dtype, []).append(name)
     return [BufferColumn(module, dtype, names, root) for dtype, names in kinds.items()]

@@ -41,7 +41,7 @@ class CodedConfig:
     """How many ranks, from rank 0 on, add up, each some of the model blocks."""
     relearn: bool = True
     """Whether workers get fewer data blocks of their own when they turn out slow."""
-    silent_s: float = option(1.0, above=0)
+    silent_s: float = option(1.0, minimum=0.3)
     """Of a worker that has said nothing for so long nothing is expected in the present step."""
     lost_s: float = option(4.0, above=0)
     """A worker that has said nothing for so long counts as dead, where the MPI library cannot tell:
@@ -49,6 +49,24 @@ class CodedConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        if self.lost_s < self.silent_s:
+            raise JobError(
+                "coded.lost_s: a rank is silent before it is lost",
+                value=self.lost_s,
+                allowed=f"at least coded.silent_s, {self.silent_s}",
+                everywhere=True,
+            )
+        idle = [
+            name
+            for name, unset in (("placement", "spread"), ("relearn", True))
+            if self.sends != "sums" and getattr(self, name) != unset
+        ]
+        if idle:
+            raise JobError(
+                f"coded.{', coded.'.join(idle)}: does nothing with coded.sends = {self.sends!r}",
+                fix="remove it, or set coded.sends = 'sums'",
+                everywhere=True,
+            )
         if self.deadline_s and self.sends != "sums":
             raise JobError(
                 "coded.deadline_s: sums can be estimated only from sums of data blocks",

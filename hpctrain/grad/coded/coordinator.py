@@ -170,7 +170,8 @@ class Coordinator:
         if deaf_s > self._silence.out_s / 4:  # it is not the others that were silent
             self._heard_s = {rank: s + deaf_s for rank, s in self._heard_s.items()}
         self._heard_s[self._roots[0]] = now
-        if now - self._decided_s < DECIDE_S or self._round is None:
+        is_over = self._end is not None
+        if now - self._decided_s < DECIDE_S or self._round is None or is_over:
             return
         for index, rank in enumerate(self._workers):
             silent_s = now - self._heard_s[rank]

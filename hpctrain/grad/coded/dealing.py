@@ -11,6 +11,7 @@ silent in this one. One that takes longer than expected is expected to take long
 from __future__ import annotations
 
 import statistics
+import sys
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -194,8 +195,8 @@ class Round:
         """Ask workers that have nothing to do for data blocks that would come too late."""
         orders: list[Order] = []
         idle = [w for w, p in enumerate(self._progress) if p.joined and not p.waiting]
-        if not idle or not (self._paces.known or self.done_by):
-            return orders  # nobody could help, or nobody knows how long a data block takes
+        if not idle:
+            return orders
         first_s = self._first_s(now)
         for worker in idle:
             block = self._choice(worker, first_s, now) if worker not in self.out else None
@@ -240,8 +241,12 @@ class Round:
         return first_s
 
     def _choice(self, worker: int, first_s: Mapping[int, float], now: float) -> int | None:
-        """The data block that the worker should compute as well: the one that would come last."""
-        mine_s = now + self._pace(worker) * (1 + MARGIN)
+        """The data block that the worker should compute as well: the one that would come last.
+
+        While nobody knows how long a data block takes, one that nobody else will compute.
+        """
+        is_known = self._paces.known or bool(self.done_by)
+        mine_s = now + self._pace(worker) * (1 + MARGIN) if is_known else sys.float_info.max
         holders = self.assignment.holders
         late = [
             (expected_s, -block)

@@ -30,6 +30,9 @@ class Outbox(Protocol):
     def send(self, rank: int, letter: Any) -> None:
         """Send, also to oneself."""
 
+    def is_sending(self, rank: int) -> bool:
+        """Whether something to the rank has not left yet."""
+
 
 class Desk:
     """A postman; see comm.mailbox.Postman. Pure but for what it is opened with.
@@ -64,7 +67,7 @@ class Desk:
         self.layout: bytes | None = None
         self.is_closed = False
         self._dead_root: int | None = None
-        self._heard_s = dict.fromkeys(roots, now())
+        self._heard_s = dict.fromkeys(range(ranks), now())
         self._beaten_s = 0.0
         self._ticked_s = now()
 
@@ -74,9 +77,11 @@ class Desk:
         worker: Worker,
         aggregator: Aggregator | None,
         coordinator: Coordinator | None,
+        look: Callable[[], object] = lambda: None,
     ) -> None:
-        """Have these to hand messages to, before the first one comes."""
+        """Have these to hand messages to, before the first one comes; `look` at each tick."""
         self._outbox = outbox
+        self._look = look
         self._worker, self._aggregator, self._coordinator = worker, aggregator, coordinator
 
     def lost_root(self) -> str | None:
@@ -85,10 +90,16 @@ class Desk:
             return f"rank {self._dead_root}, which adds up gradients, is dead"
         if self._rank in self._roots:
             return None
-        for root, heard_s in self._heard_s.items():
-            if self._now() - heard_s > ROOT_LOST_S:
+        for root in self._roots:
+            if self._now() - self._heard_s[root] > ROOT_LOST_S:
                 return f"rank {root}, which adds up gradients, is silent"
         return None
+
+    def gone(self, silent_s: float) -> set[int]:
+        """On a root: ranks that are dead, or have said nothing for so long."""
+        now = self._now()
+        silent = {rank for rank, heard_s in self._heard_s.items() if now - heard_s > silent_s}
+        return (silent | self._outbox.dead) - {self._rank}
 
     # ------------------------------------------------------------------ inside the engine
 
@@ -99,8 +110,7 @@ class Desk:
     def came(self, source: int, letter: Any) -> None:
         """A message is there."""
         kind = letter.kind
-        if source in self._heard_s:
-            self._heard_s[source] = self._now()
+        self._heard_s[source] = self._now()
         if kind is Kind.CELL:
             assert self._aggregator
             self._aggregator.receive(source, letter)
@@ -134,16 +144,20 @@ class Desk:
             self._coordinator.tick(now)
         if self._aggregator:
             self._aggregator.tick(now)
+        self._look()
         deaf_s, self._ticked_s = now - self._ticked_s, now
         if deaf_s > self._beat_s:  # it is not the others that were silent
-            self._heard_s = {root: s + deaf_s for root, s in self._heard_s.items()}
+            self._heard_s = {rank: s + deaf_s for rank, s in self._heard_s.items()}
         if now - self._beaten_s > self._beat_s and not self.is_closed:
             self._beaten_s = now
             self._beat(now)
 
     def _beat(self, now: float) -> None:
         """Say that this rank lives, to whom it has said nothing for a while."""
-        for other in range(self._ranks) if self._rank in self._roots else self._roots[:1]:
-            silent_s = now - self._outbox.sent_s.get(other, 0.0)
-            if other != self._rank and other not in self._outbox.dead and silent_s > self._beat_s:
-                self._outbox.send(other, self._pool.message(Kind.BEAT, self._worker.round))
+        outbox = self._outbox
+        for other in range(self._ranks) if self._rank in self._roots else self._roots:
+            is_due = now - outbox.sent_s.get(other, 0.0) > self._beat_s
+            if other == self._rank or other in outbox.dead or not is_due:
+                continue
+            if not outbox.is_sending(other):  # or they would pile up to one that stands still
+                outbox.send(other, self._pool.message(Kind.BEAT, self._worker.round))

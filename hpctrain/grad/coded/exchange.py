@@ -52,9 +52,10 @@ class Coded:
     """Trains a module with data blocks that several workers hold. Construction is collective.
 
         coded = hpctrain.Coded(model, optimizer)
-        while coded.step_number < steps:
-            coded.step(read, loss)
-            optimizer.step()
+        while coded.step_number < steps and not coded.is_over:
+            if coded.step(read, loss):
+                optimizer.step()
+        coded.end()
 
     Every rank runs this loop; ranks that fall behind are moved on to where the others are, so that
     `step_number` may jump. Gradients, and so parameters, have the same bits on all ranks, for any
@@ -144,6 +145,7 @@ class Coded:
         self._round = -1
         self._layout = b""
         """The order of parameters that all agreed on, once columns follow it."""
+        self._found_trouble: str | None = None
         self._is_left = False
         """Whether the run has gone on to its end without this rank."""
         self._shown: list[Event] = []
@@ -176,7 +178,10 @@ class Coded:
         self._record = Record(
             self.engine, hands.workers, self.samples, self.aggregator, self.coordinator
         )
-        self._desk.open(self.mailbox, self.worker, self.aggregator, self.coordinator)
+        self._desk.open(
+            *(self.mailbox, self.worker, self.aggregator, self.coordinator),
+            self._backward.move_copies,
+        )
         self.mailbox.open()
 
     # ------------------------------------------------------------------ a step
@@ -266,7 +271,8 @@ class Coded:
             if block is None:
                 self._wait()
             else:
-                worker.done(json.dumps(dict(figures(block))).encode() + b"\n")
+                found = json.dumps(dict(figures(block))).encode() + b"\n"
+                worker.done(worker.finish(), found)
         if not self._has_results():
             return None
         assert worker.arrived.figures is not None
@@ -281,8 +287,9 @@ class Coded:
         coordinator = self.coordinator
         if coordinator and not self._desk.is_closed:
             self.engine.drive(lambda: coordinator.knows_who_is_left, WAIT_S)
+            has_failed = self._trouble() is not None
             with self.engine.exclusive():
-                coordinator.end(bool(self._trouble()))
+                coordinator.end(has_failed)
         self.mailbox.abandon()  # closed at the next meeting of all ranks, after what follows
         self.engine.drive(lambda: self.worker.ended is not None or bool(self._trouble()), WAIT_S)
         self._raise_trouble()
@@ -357,7 +364,6 @@ class Coded:
             if not self._layout:
                 self._agree()
             self._backward.finish(self.samples[block] / sum(self.samples))
-            worker.done()
         else:
             worker.give_up()
         self._backward.forget()
@@ -427,7 +433,6 @@ class Coded:
         worker = self.worker
 
         def something() -> bool:
-            self._backward.move_copies()
             new_layout = bool(self._desk.layout) and not self._layout
             helps = self.coordinator is not None and self.coordinator.behind and worker.trains
             is_done = worker.is_over or worker.has_work or new_layout or helps
@@ -447,11 +452,17 @@ class Coded:
         self._backward.drop_copies()
 
     def _trouble(self) -> str | None:
-        """Why the run cannot go on, if so."""
+        """Why the run cannot go on, if so; once found, it stays."""
+        self._found_trouble = self._found_trouble or self._find_trouble()
+        return self._found_trouble
+
+    def _find_trouble(self) -> str | None:
         if self.coordinator and self.coordinator.failure:
             return self.coordinator.failure
         if self.aggregator and self.config.sends == "vote":
-            for column, node in self.aggregator.undecided(self.mailbox.dead):
+            with self.engine.exclusive():  # whose thread takes votes in
+                undecided = self.aggregator.undecided(self._desk.gone(self.config.lost_s))
+            for column, node in undecided:
                 return (
                     f"the copies of model block {column}, data blocks {node.lo} to {node.hi - 1}, "
                     "differ, and no majority agrees"
@@ -472,7 +483,7 @@ class Coded:
         rank = self.hands.workers[worker]
         self.wrong[rank] += 1
         _log.warning(
-            "rank %d sent a wrong gradient of model block %d, data blocks %d to %d, in step %d",
+            "rank %d sent a wrong gradient of model block %d, data blocks %d to %d, by step %d",
             *(rank, column, node.lo, node.hi - 1, self.step_number + 1),
         )
 

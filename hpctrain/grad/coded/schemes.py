@@ -147,7 +147,7 @@ class Voted(Scheme):
     """Majority vote over copies: every holder sends, and what most sent counts (DRACO, 2018).
 
     Groups of workers hold the same data blocks, so that what they send has the same bits unless one
-    of them is wrong. Late ones are compared too, as long as the round is kept.
+    of them is wrong. Late ones are compared too, until the next round begins.
     """
 
     relearns = False
@@ -236,6 +236,13 @@ def scheme_of(
                 everywhere=True,
             )
         return Combined(workers, copies)
+    if given and (sends != "sums" or given.workers != workers or blocks not in (0, given.blocks)):
+        raise ExchangeError(
+            "the assignment made by hand does not fit",
+            value=f"{given.blocks} data blocks on {given.workers} workers",
+            allowed=f"{blocks or 'any number of'} data blocks on {workers} workers, sends = 'sums'",
+            everywhere=True,
+        )
     blocks = blocks or BLOCKS_A_WORKER * workers
     if sends == "vote":
         return Voted(blocks, workers, copies)

@@ -85,6 +85,8 @@ class Worker:
         """When the data blocks that it owns were dealt."""
         self.current: int | None = None
         self.arrived = Arrived({})
+        self._shown: list[Buffer] = []
+        """Results of the last step, which are the module's gradients until the next."""
         self.ended: bytes | None = None
         """The ranks that are dead, when the run is over."""
         self._last_round = -1
@@ -108,8 +110,9 @@ class Worker:
             own: the data blocks that this worker computes, if not those that the root dealt it.
         """
         with self.lock:
-            for buffer in self.arrived.results.values():
-                self._pool.drop(buffer)
+            self._shown += self.arrived.results.values()
+            while columns is not None and self._shown:
+                self._pool.drop(self._shown.pop())
             state = self.arrived.state  # may have come after all results
             if state and state.round <= round_:
                 self._pool.drop(state)
@@ -217,11 +220,15 @@ class Worker:
             state, self.arrived.state = self.arrived.state, None
             return state
 
-    def done(self, figures: bytes = b"") -> None:
-        """The data block is computed, and all of its cells are in."""
+    def finish(self) -> int:
+        """The data block is computed; `done` is to follow when all of its cells are in."""
         with self.lock:
             block, self.current = self.current, None
         assert block is not None
+        return block
+
+    def done(self, block: int, figures: bytes = b"") -> None:
+        """All cells of a data block are in, or its figures are there."""
         self._post(self._roots[0], self._pool.message(Kind.DONE, self.round, block, data=figures))
 
     def give_up(self) -> None:
@@ -249,13 +256,13 @@ class Worker:
             self.ended, self._last_round = content(buffer), buffer.round
         elif kind is Kind.OWN and buffer.round > self._own_round:
             self.own, self._own_round = as_blocks(content(buffer)), buffer.round
-        elif kind is Kind.STATE and buffer.round > self.round:
-            older, self.arrived.state = self.arrived.state, buffer
-            if older is None:
-                return
-            if older.round > buffer.round:
-                self.arrived.state, older = older, buffer
-            buffer = older
+        elif kind is Kind.STATE:
+            there = self.arrived.state
+            if buffer.round > (there.round if there else self.round):
+                self.arrived.state = buffer
+                if there is None:
+                    return
+                buffer = there
         elif buffer.round == self.round:
             self._handle(kind, buffer)
             if kind is Kind.RESULT and self.arrived.results.get(buffer.column) is buffer:

@@ -91,7 +91,7 @@ class Alone:
         ]
         for parameter, gradient in zip(self._trained, gradients, strict=True):
             parameter.grad = gradient
-        self._set_buffers(after)
+        self._set_buffers(begun, after)
         self.optimizer.step()
         self._number += 1
         return Step(
@@ -110,14 +110,18 @@ class Alone:
         zeros = torch.zeros_like(wide(parameter.detach()))
         return along_tree([zeros if c is None else c for c in cells]).to(parameter.dtype)
 
-    def _set_buffers(self, after: Sequence[Sequence[torch.Tensor]]) -> None:
+    def _set_buffers(
+        self, begun: Sequence[torch.Tensor], after: Sequence[Sequence[torch.Tensor]]
+    ) -> None:
         shares = [count / sum(self._samples) for count in self._samples]
         with torch.no_grad():
             for place, buffer in enumerate(self.module.buffers()):
                 values = [each[place] for each in after]
                 if buffer.is_floating_point():
-                    parts = [v.double() * share for v, share in zip(values, shares, strict=True)]
-                    buffer.copy_(along_tree(parts))
+                    begin = begun[place].double()
+                    changes = [v.double() - begin for v in values]
+                    parts = [c * share for c, share in zip(changes, shares, strict=True)]
+                    buffer.copy_(begin + along_tree(parts))
                 else:
                     buffer.copy_(values[0])
 

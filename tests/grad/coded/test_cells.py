@@ -32,7 +32,8 @@ def test_header(kind: Kind) -> None:
         assert there.kind is kind
         assert (there.round, there.column, there.lo, there.hi) == (1 << 40, 3, 5, 8)
         assert there.loss == -0.1
-        assert there.is_state is (kind is Kind.STATE)
+        unique = (Kind.STATE, Kind.OVER, Kind.ORDER, Kind.LAYOUT, Kind.DONE)
+        assert there.is_unique is (kind in unique)
     buffer.loss = 2.5
     assert on_the_wire(buffer).loss == 2.5
     assert on_the_wire(buffer.write(kind, -1)).round == -1
@@ -48,6 +49,16 @@ def test_header_and_payload_do_not_touch() -> None:
     assert (buffer.kind, buffer.round, buffer.loss) == (Kind.CELL, 1, 5.0)
     assert buffer.whole.numel() == HEADER_BYTES + buffer.payload.numel()
     assert buffer.mpi.nbytes == HEADER_BYTES + 16
+
+
+def test_messages_of_another_size_each_time_are_not_kept() -> None:
+    pool = Pool()
+    for size in range(100):
+        pool.drop(pool.message(Kind.OVER, 0, data=bytes(size)))
+        pool.drop(pool.message(Kind.DONE, 0, data=bytes(1 + size)))
+    assert pool.made_bytes == 0
+    pool.drop(pool.message(Kind.DONE, 0))
+    assert pool.made_bytes == HEADER_BYTES
 
 
 def test_message_and_content() -> None:

@@ -361,6 +361,7 @@ def test_buffers_that_a_forward_leaves_keep_their_bits() -> None:
     start = copy.deepcopy(model.state_dict())
     samples = (5, 7, 11, 3, 1, 9)
     for column in columns_of(model):
+        column.keep()
         total = None
         for block, count in enumerate(samples):
             cell = dirty(Pool(), column)
@@ -378,6 +379,7 @@ def test_buffers_that_a_forward_leaves_keep_their_bits() -> None:
 def test_infinite_buffers_and_a_data_block_without_samples() -> None:
     model = Odd()
     for column in columns_of(model):
+        column.keep()
         cells = [dirty(Pool(), column) for _ in range(2)]
         column.pack(cells[0], 0, 0.0)
         column.pack(cells[1], 1, 1.0)

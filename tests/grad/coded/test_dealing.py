@@ -398,6 +398,15 @@ def test_all_were_silent() -> None:
     assert clock.decide(9) == orders((Act.HELP, 0, 1), (Act.TAKEN, 1, 1))
 
 
+def test_what_nobody_else_will_compute_is_asked_for_at_once() -> None:
+    """Although nobody knows yet how long a data block takes, as in a first evaluation."""
+    round_ = Round(Assignment(2, ((0, 1),)), Paces(2), 0.0)
+    round_.joined(1, [], 0)
+    assert not round_.decide(1)
+    round_.went_out(0)
+    assert round_.decide(2) == [Order(Act.HELP, 1, 0)]
+
+
 def test_what_was_computed_may_have_gone_with_who_computed_it() -> None:
     round_ = Round(Assignment(3, ((0, 1), (1, 2), (2, 0))), Paces(3), 0.0, dead=[0])
     for worker in (1, 2):

@@ -19,16 +19,19 @@ from grad.coded.side_by_side import (
     Run,
     Subset,
     adamw,
+    assert_same,
     loss_of,
     make,
     sgd,
 )
 from grad.plain import assert_close
+from late_device import LateDevice
 
 from hpctrain.comm.collect import barrier_on
 from hpctrain.comm.engine import engine_of
 from hpctrain.errors import ExchangeError, JobError
-from hpctrain.grad.coded.assignment import PLACEMENTS
+from hpctrain.grad.coded import exchange
+from hpctrain.grad.coded.assignment import PLACEMENTS, place
 from hpctrain.grad.coded.config import CodedConfig, LostError
 from hpctrain.grad.coded.exchange import Coded
 from hpctrain.trace import now_s
@@ -162,7 +165,36 @@ def test_a_later_run_needs_not_find_the_order_anew(world: World) -> None:
     other.to(2)
 
 
+@pytest.mark.parametrize("copies", [1, 2])
+@pytest.mark.parametrize("name", ["convolution with batch norm", "300 tiny"])
+def test_gradients_on_a_device_whose_copies_end_late(
+    world: World, monkeypatch: pytest.MonkeyPatch, name: str, copies: int
+) -> None:
+    monkeypatch.setattr(exchange, "device_of", lambda _: LateDevice(program_waits=True))
+    Run(world, make(name), copies=min(copies, world.size), block_bytes=2000).to(STEPS)
+
+
+def test_gradients_outlive_an_evaluation(world: World) -> None:
+    """Late cells of the step come meanwhile, and take memory that was given back."""
+    run = Run(world, make("convolution with batch norm"), copies=2)
+    for _ in range(10):
+        if not run.step():
+            break
+        before = [p.grad.clone() for p in run.module.parameters() if p.grad is not None]
+        if run.coded.evaluate(2 * world.size, lambda block: {"one": 1.0}) is None:
+            break
+        assert_same([p.grad for p in run.module.parameters() if p.grad is not None], before)
+    run.end()
+
+
 # ---------------------------------------------------------------------- errors
+
+
+def test_an_assignment_by_hand_that_does_not_fit(world: World) -> None:
+    module = make("dropout")
+    made = place("cyclic", 4, world.size + 1, 2)
+    with pytest.raises(ExchangeError, match="made by hand does not fit"):
+        Coded(module, sgd(module.parameters()), world=world, assignment=made)
 
 
 def test_an_error_of_the_program_comes_through(world: World) -> None:

@@ -173,6 +173,10 @@ class Outbox:
         self.sent_s: dict[int, float] = {}
         self.dead = rank.network.known_dead
 
+    def is_sending(self, to: int) -> bool:
+        del to
+        return False
+
     def send(self, to: int, letter: Buffer) -> None:
         network = self._rank.network
         self.sent_s[to] = network.now_s
@@ -333,7 +337,7 @@ class Rank:
                     yield takes_s * 0.1
             computed = worker.is_wanted
         if computed:
-            worker.done()
+            worker.done(worker.finish())
         else:
             worker.give_up()
 
@@ -350,7 +354,7 @@ class Rank:
                 yield -1
             else:
                 yield self.draw.choice([0.2, 0.3, 2.0])
-                worker.done(struct.pack("<qqq", self.step, number, block))
+                worker.done(worker.finish(), struct.pack("<qqq", self.step, number, block))
         if not self._has_results():
             return False
         expected = b"".join(struct.pack("<qqq", self.step, number, b) for b in range(blocks))
@@ -388,7 +392,7 @@ class Rank:
 
     def in_use(self) -> list[Buffer]:
         """What the protocol still holds, by all that can be seen of it."""
-        found = [*self.worker.arrived.results.values()]
+        found = [*self.worker.arrived.results.values(), *self.worker._shown]
         if self.worker.arrived.state:
             found.append(self.worker.arrived.state)
         for sum_ in self.worker._sums:

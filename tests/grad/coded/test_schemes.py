@@ -293,26 +293,34 @@ def test_estimates_are_unbiased_and_so_is_their_variance() -> None:
 def test_estimated_buffers() -> None:
     """Means are scaled like gradients; whole numbers are those of data block 0, or stay."""
     module = nn.BatchNorm1d(2)
+    assert module.running_var is not None
     floats, whole_numbers = buffer_columns(module, 0)
     for block, covered in ((0, 0.5), (1, 0.0)):
         for column in (floats, whole_numbers):
             pool = Pool()
             whole = WholeSum(column, tree_of(2), pool.drop)
             cell = pool.take(column.nbytes)
+            column.keep()
+            if column is floats:
+                module.running_var.fill_(3)
             column.pack(cell, block, 0.5)
+            column.restore()
             whole.put(0, Node(block, block + 1), cell)
             estimate = whole.take_estimate((1, 1))
             assert estimate is not None
             assert estimate.covered == (0.5 if column is floats else covered)
             if column is floats:
                 column.show(estimate.total)
-                assert module.running_var is not None
-                assert module.running_var.tolist() == [1.0, 1.0]
+                assert module.running_var.tolist() == [3.0, 3.0]
 
 
 def test_what_does_not_go_together() -> None:
     with pytest.raises(JobError, match=r"coded.deadline_s.*\n.*allowed: 0|deadline_s"):
         CodedConfig(deadline_s=1.0, sends="mds")
+    with pytest.raises(JobError, match=r"placement, coded\.relearn: does nothing"):
+        CodedConfig(placement="cyclic", relearn=False, sends="vote")
+    with pytest.raises(JobError, match="silent before it is lost"):
+        CodedConfig(silent_s=2.0, lost_s=1.0)
 
 
 # ---------------------------------------------------------------------- real ranks
@@ -396,8 +404,8 @@ def test_a_rank_that_sends_wrong_gradients_is_named(world: World) -> None:
         pytest.skip("too few workers")
     job = Job(world, sends="vote", copies=3)
     liar = world.size - 1
-    for number in range(3):
-        job.factor = lambda block, n=number: 1.001 if world.rank == liar and n == 1 else 1.0  # type: ignore[misc]
+    job.factor = lambda block: 1.001 if world.rank == liar and job.coded.step_number else 1.0
+    while not (job.coded.is_over or job.coded.wrong):  # the root stops when it has found out
         expected, _ = job.expected()
         if job.step():
             for place, gradient in enumerate(job.gradients()):
@@ -405,8 +413,8 @@ def test_a_rank_that_sends_wrong_gradients_is_named(world: World) -> None:
                 assert torch.allclose(gradient, reference, rtol=0, atol=1e-12)
             job.optimizer.step()
     job.coded.end()
-    if world.rank == 0 and world.size == 3:
-        assert {*job.coded.wrong} <= {liar}
+    if world.rank == 0:
+        assert {*job.coded.wrong} == {liar}
 
 
 @pytest.mark.mpi
