@@ -77,7 +77,7 @@ class Work:
 
         self.worker = worker
         config = InjectConfig(**SCENARIOS[scenario])
-        self._injection = Injection(config, max(0, worker), WORKERS)
+        self._injection = Injection(config, max(0, worker), range(WORKERS))
         torch.manual_seed(0)
         self.model = nn.Sequential(
             *(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(3)),
@@ -179,7 +179,7 @@ class Classic:
         self.mailbox = Mailbox(self._engine, self)
         self.mailbox.open()
 
-    def room(self, nbytes: int) -> Any:
+    def room(self, source: int, nbytes: int) -> Any:
         return self._pool.take(nbytes - self._header)
 
     def sent(self, letter: Any) -> None:

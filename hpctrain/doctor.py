@@ -26,7 +26,7 @@ from hpctrain.comm.device_probe import TAKEN, device_calls
 from hpctrain.comm.engine import Engine, engine_of
 from hpctrain.comm.measure import Link, measure_all_reduce, measure_links, progress_trial
 from hpctrain.errors import ExitCode, JobError, UnfitError
-from hpctrain.world import FORWARD_S, Seat, World, launched_size
+from hpctrain.world import FORWARD_S, Seat, World, launched_size, tells_of_deaths
 
 OK, WARNING, UNFIT = "ok", "warning", "unfit"
 KILL_S = 2.0
@@ -138,7 +138,7 @@ def _deaths(world: World, environment: Mapping[str, str]) -> Finding:
     if "Open MPI" not in world.library:
         text = "all ranks end when one dies, as far as is known of this library"
         return Finding("deaths", OK, text)
-    if environment.get("OMPI_MCA_mpi_ft_enable") == "1":
+    if tells_of_deaths(environment):
         return Finding("deaths", OK, "survivors live and know who is dead (--with-ft ulfm)")
     return Finding(
         "deaths",

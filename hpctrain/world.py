@@ -221,6 +221,11 @@ def _join(device: torch.device) -> World:
     return world
 
 
+def tells_of_deaths(environment: Mapping[str, str]) -> bool:
+    """Whether ranks survive others and are told who is dead: Open MPI with `--with-ft ulfm`."""
+    return environment.get("OMPI_MCA_mpi_ft_enable") == "1"
+
+
 def _is_left_alone(comm: Any) -> bool:
     """Whether all other ranks are dead, as far as the MPI library tells."""
     with contextlib.suppress(Exception):  # a library that does not tell

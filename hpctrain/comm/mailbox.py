@@ -37,8 +37,8 @@ class Letter(Protocol):
 class Postman(Protocol):
     """What a mailbox asks of who uses it. Called by one thread at a time, inside the engine."""
 
-    def room(self, nbytes: int) -> Letter:
-        """Memory for a message that has come."""
+    def room(self, source: int, nbytes: int) -> Letter:
+        """Memory for a message that begins to come."""
 
     def came(self, source: int, letter: Letter) -> None:
         """A message is there."""
@@ -118,10 +118,6 @@ class Mailbox:
         """Whether messages of this rank have not left yet, but for those to dead ranks."""
         return bool(self._outbox or self._sending)
 
-    def is_sending(self, rank: int) -> bool:
-        """Whether something to the rank has not left yet."""
-        return any(to == rank for _, to, _ in self._sending)
-
     def abandon(self) -> None:
         """This rank needs it no more, but others may still need what this rank answers."""
         self.abandoned = True
@@ -188,8 +184,8 @@ class Mailbox:
             if message is None:
                 break
             taken += 1
-            letter = self._postman.room(self._status.Get_count(MPI.BYTE))
             source = self._status.Get_source()
+            letter = self._postman.room(source, self._status.Get_count(MPI.BYTE))
             self._receiving.append((message.Irecv([letter.mpi, MPI.BYTE]), source, letter))
         return taken > 0
 

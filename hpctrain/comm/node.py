@@ -1,4 +1,4 @@
-"""Slabs in memory that all ranks of a node share.
+"""Memory that all ranks of a node share: slabs of gradients, and arenas for what is lent.
 
 One MPI window holds, for each rank of the node, its counters and its slabs. The memory is taken
 when it is allocated, not when it is first touched: where ``/dev/shm`` is too small, as in many
@@ -77,7 +77,7 @@ def shared_slabs(
     cuts = [chunk_cuts(count, dtype.itemsize, chunk_bytes) for count, dtype in kinds]
     row_bytes = aligned(2 * COUNTER_BYTES * sum(1 + len(cut) for cut in cuts))
     nbytes = row_bytes + sum(aligned(count * dtype.itemsize) for count, dtype in kinds)
-    window = _allocate(engine, nbytes)
+    window = _allocate(engine, [nbytes] * world.local_size, ", or choose way = 'direct'")
     if window is None:
         return None
     parts, fence = window
@@ -91,6 +91,25 @@ def shared_slabs(
         slabs.append(replace(layout.slab(views), chunks=chunks))
         start = aligned(end)
     return slabs
+
+
+def shared_arenas(engine: Engine, sizes: Sequence[int]) -> dict[int, torch.Tensor] | None:
+    """Bytes of each rank of this node that all of them may use, by rank. Collective.
+
+    Args:
+        engine: the process's engine, with no operation in flight.
+        sizes: bytes of each rank of the run.
+
+    Returns:
+        Their arenas, or None, with a line in the log if the memory cannot be had.
+    """
+    if not any(sizes):
+        return None
+    _free_unused(engine)
+    world = engine.world
+    here = world.nodes[world.node]
+    window = _allocate(engine, [aligned(sizes[rank]) for rank in here])
+    return dict(zip(here, window[0], strict=True)) if window else None
 
 
 class _Layout:
@@ -147,24 +166,36 @@ def populate(address: int, nbytes: int) -> str:
     return ""
 
 
-def _allocate(engine: Engine, nbytes: int) -> tuple[list[torch.Tensor], Callable[[], None]] | None:
-    """A window of `nbytes` a rank: the bytes of each rank of the node, and a memory fence."""
+def _allocate(
+    engine: Engine, sizes: Sequence[int], otherwise: str = ""
+) -> tuple[list[torch.Tensor], Callable[[], None]] | None:
+    """A window: the bytes of each rank of the node, and a memory fence.
+
+    Args:
+        engine: the process's engine.
+        sizes: bytes of each rank of the node.
+        otherwise: what else the user may do if it cannot be had.
+    """
     world = engine.world
-    if not _agreed(engine, lacking_room(world.local_size, nbytes)):
+    if not _agreed(engine, lacking_room(1, sum(sizes)), otherwise):
         return None
     win: MPI.Win | None = None
     tensors: list[torch.Tensor] = []
     reason = ""
     with engine.exclusive():
         try:
-            win, arrays = _open_window(_node_comm_of(world), nbytes)
-            reason = populate(ctypes.addressof(arrays[world.local_rank]), nbytes)
-            tensors = [torch.frombuffer(array, dtype=torch.uint8) for array in arrays]
+            mine = sizes[world.local_rank]
+            win, arrays = _open_window(_node_comm_of(world), sizes)
+            reason = populate(ctypes.addressof(arrays[world.local_rank]), mine)
+            tensors = [
+                torch.frombuffer(a, dtype=torch.uint8) if len(a) else torch.empty(0).byte()
+                for a in arrays
+            ]
         except MPI.Exception as error:
             reason = f"MPI gives no shared window ({error})"
     if not reason:
         tensors[world.local_rank].zero_()
-    if not _agreed(engine, reason) or win is None:
+    if not _agreed(engine, reason, otherwise) or win is None:
         return None
     global _made
     _made += 1
@@ -172,7 +203,7 @@ def _allocate(engine: Engine, nbytes: int) -> tuple[list[torch.Tensor], Callable
     return tensors, win.Sync
 
 
-def _agreed(engine: Engine, reason: str) -> bool:
+def _agreed(engine: Engine, reason: str, otherwise: str) -> bool:
     """Whether no rank has a reason not to share memory; the first one is told."""
     reasons = all_gather(engine.control, reason, label="node-shared memory")
     found = [(rank, text) for rank, text in enumerate(reasons) if text]
@@ -180,23 +211,24 @@ def _agreed(engine: Engine, reason: str) -> bool:
         rank, text = found[0]
         _log.warning(
             "gradients go by messages, not through node-shared memory: %s on %s; "
-            "give the container more shared memory (--shm-size), or choose way = 'direct'",
-            text,
-            engine.world.name_of(rank),
+            "give the container more shared memory (--shm-size)%s",
+            *(text, engine.world.name_of(rank), otherwise),
         )
     return not found
 
 
 def _open_window(
-    comm: MPI.Intracomm, nbytes: int
+    comm: MPI.Intracomm, sizes: Sequence[int]
 ) -> tuple[MPI.Win, list[ctypes.Array[ctypes.c_char]]]:
     info = MPI.Info.Create({"alloc_shared_noncontig": "true"})  # each rank's pages near its core
-    win = MPI.Win.Allocate_shared(nbytes, 1, info, comm)
+    win = MPI.Win.Allocate_shared(sizes[comm.Get_rank()], 1, info, comm)
     info.Free()
     win.Lock_all(MPI.MODE_NOCHECK)  # Sync, the fence, is only allowed between locks
-    kind = ctypes.c_char * nbytes
     segments = [win.Shared_query(rank)[0] for rank in range(comm.Get_size())]
-    return win, [kind.from_address(segment.address) for segment in segments]
+    return win, [
+        (ctypes.c_char * size).from_address(segment.address or 0)
+        for size, segment in zip(sizes, segments, strict=True)
+    ]
 
 
 def _node_comm_of(world: World) -> MPI.Intracomm:

@@ -10,7 +10,7 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,9 +19,10 @@ import torch
 from hpctrain.comm.collect import broadcast
 from hpctrain.data.batches import is_indexed, split_evenly, subset_sizes
 from hpctrain.errors import HpctrainError, JobError
-from hpctrain.grad.coded.config import LostError
+from hpctrain.grad.coded.config import Hands, LostError
 from hpctrain.grad.coded.exchange import Coded
 from hpctrain.trace import now_s
+from hpctrain.train import checkpoint
 from hpctrain.train.checks import loss_mistake
 from hpctrain.train.device import moved
 from hpctrain.train.loop import Trainer
@@ -78,6 +79,9 @@ class Exactness:
 
 class CodedTrainer(Trainer):
     """Trains a model with data blocks that several ranks hold. Construction is collective."""
+
+    def _computing_ranks(self) -> Sequence[int]:
+        return Hands.of(self.settings.coded, self.world.size).workers
 
     def _open_exchange(self) -> None:
         """Prepare model and optimizer. Collective."""
@@ -272,27 +276,24 @@ class CodedTrainer(Trainer):
 
     def _rescue(self) -> None:
         """Save the last step that is whole, on the first rank that comes to it."""
-        if self.world.is_root:
-            self._save_if_possible()
-            return
         claim = self.run_folder.path / f"{CLAIM}{self._launch}"
         saved = claim.with_suffix(".done")
-        try:
+        try:  # a full disk is told, and no more: why the run ends is what counts
             claim.touch(exist_ok=False)
+            self._save_if_newer()
+            claim.rename(saved)
         except FileExistsError:  # another rank does it
             given_up_s = now_s() + RESCUED_S
             while now_s() < given_up_s and not saved.exists():
                 time.sleep(0.1)
-        else:
-            self._save_if_possible()
-            claim.rename(saved)
-
-    def _save_if_possible(self) -> None:
-        """Also where the disk is full: why the run ends is what counts."""
-        try:
-            self._write(self._alone, self.coded.state_dict(), {})
         except (OSError, HpctrainError) as error:
             _log.error("the last step that was whole could not be saved: %s", error)
+
+    def _save_if_newer(self) -> None:
+        """This rank may have fallen behind, and what it saves would replace later steps."""
+        names = checkpoint.complete_names(self.run_folder.checkpoints)
+        if not names or checkpoint.step_of(names[0]) < self.step_number:
+            self._write(self._alone, self.coded.state_dict(), {})
 
     def _part(self) -> str:
         """Wait until the run is over; whoever is late or dead is not waited for."""

@@ -51,7 +51,8 @@ class InjectConfig:
     kind: str = option("none", choices=tuple(_USES))
     """Which ranks are slow when, stand still, or are killed; see docs/job-file.md."""
     ranks: list[int] = option([])
-    """Ranks that are struck; with rotating, bernoulli and exponential all ranks if it is empty."""
+    """Ranks that are struck, of those that compute; with rotating, bernoulli and exponential all of
+    them if it is empty."""
     factor: float | None = option(None, minimum=1)
     """How many times as long a slow rank computes; for persistent, rotating and bernoulli."""
     every: int = option(1, minimum=1)
@@ -97,7 +98,7 @@ class Injection:
     Args:
         config: the same on all ranks.
         rank: this rank.
-        size: number of ranks that may be struck.
+        ranks: those that compute, and may be struck.
         clock: seconds of this rank's own work; should stand still while it waits for others.
         sleep: of the main thread.
 
@@ -106,24 +107,24 @@ class Injection:
             would be ended at the same step again.
 
     Raises:
-        JobError: the job names ranks that do not exist.
+        JobError: the job names ranks that do not exist or do not compute.
     """
 
     def __init__(
         self,
         config: InjectConfig,
         rank: int,
-        size: int,
+        ranks: Sequence[int],
         *,
         clock: Callable[[], float] = now_s,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        missing = [named for named in config.ranks if named >= size]
+        missing = [named for named in config.ranks if named not in ranks]
         if missing:
             raise JobError(
-                "inject.ranks names ranks that this run does not have",
+                "inject.ranks names ranks that compute nothing in this run",
                 value=missing,
-                allowed=f"0 to {size - 1}" if size > 1 else "0, the only rank",
+                allowed=f"{min(ranks)} to {max(ranks)}" if len(ranks) > 1 else f"{ranks[0]}",
                 fix="start more ranks, or change inject.ranks",
                 everywhere=True,
             )
@@ -131,7 +132,7 @@ class Injection:
         self.strikes = True
         self._has_struck = False
         self._rank = rank
-        self._ranks = tuple(config.ranks or range(size))
+        self._ranks = tuple(config.ranks or ranks)
         self._clock = clock
         self._sleep = sleep
         self._extra = 0.0  # factor - 1 of the backward that is running

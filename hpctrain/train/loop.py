@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,9 @@ class Trainer:
         train = settings.train
         self.device = device_of(world, train.device)
         parts.model.to(self.device)
-        self.injection = Injection(settings.inject, world.rank, world.size, clock=self._own_s)
+        self.injection = Injection(
+            settings.inject, world.rank, self._computing_ranks(), clock=self._own_s
+        )
         self.injection.follow(parts.model.parameters())
         if settings.exchange.deterministic:
             torch.use_deterministic_algorithms(True)
@@ -135,6 +137,9 @@ class Trainer:
             world.trace.open(self.run_folder.trace(world.rank), world.rank)
         self._begun_s = now_s()
         self._say_hello()
+
+    def _computing_ranks(self) -> Sequence[int]:
+        return range(self.world.size)
 
     def _open_exchange(self) -> None:
         """Prepare model and optimizer for the exchange of gradients. Collective."""

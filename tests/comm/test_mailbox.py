@@ -38,7 +38,7 @@ class Notes:
     left: list[Paper] = field(default_factory=list)
     ticks: int = 0
 
-    def room(self, nbytes: int) -> Paper:
+    def room(self, source: int, nbytes: int) -> Paper:
         return Paper(bytes(nbytes))
 
     def came(self, source: int, letter: Letter) -> None:

@@ -32,7 +32,7 @@ STEPS = range(1, 13)
 
 def factors(config: InjectConfig, size: int = 3) -> list[list[float]]:
     """The factor of each rank in each step."""
-    ranks = [Injection(config, rank, size) for rank in range(size)]
+    ranks = [Injection(config, rank, range(size)) for rank in range(size)]
     return [[rank.factor(step) for step in STEPS] for rank in ranks]
 
 
@@ -41,7 +41,7 @@ def factors(config: InjectConfig, size: int = 3) -> list[list[float]]:
 
 def test_nothing_is_injected_by_default() -> None:
     assert factors(InjectConfig()) == [[1.0] * 12] * 3
-    assert Injection(InjectConfig(), 0, 1).text == ""
+    assert Injection(InjectConfig(), 0, [0]).text == ""
 
 
 def test_persistent_ranks_are_always_slow() -> None:
@@ -68,7 +68,7 @@ def test_what_is_random_belongs_to_seed_step_and_rank(values: dict[str, Any]) ->
     assert factors(config) == slow
     assert factors(config, size=5)[:3] == slow
     assert factors(replace(config, ranks=[1]))[:2] == [[1.0] * 12, slow[1]]
-    later = Injection(config, 1, 3)
+    later = Injection(config, 1, range(3))
     assert [later.factor(step) for step in reversed(STEPS)] == slow[1][::-1]
     assert factors(replace(config, seed=1)) != slow
     assert len({tuple(rank) for rank in slow}) == 3
@@ -76,7 +76,7 @@ def test_what_is_random_belongs_to_seed_step_and_rank(values: dict[str, Any]) ->
 
 def test_random_factors_keep_their_values() -> None:
     """Those of a kept figure, or of a run that is repeated elsewhere."""
-    found = Injection(InjectConfig(kind="exponential", mean=1.0, seed=7), 2, 3)
+    found = Injection(InjectConfig(kind="exponential", mean=1.0, seed=7), 2, range(3))
     assert [found.factor(step) for step in (1, 2)] == pytest.approx(
         [1.9875883845282991, 1.3245068827063573], rel=1e-12
     )
@@ -84,17 +84,17 @@ def test_random_factors_keep_their_values() -> None:
 
 def test_random_factors_have_their_distribution() -> None:
     slow = [
-        Injection(InjectConfig(kind="exponential", mean=0.5), rank, 4).factor(step)
+        Injection(InjectConfig(kind="exponential", mean=0.5), rank, range(4)).factor(step)
         for rank in range(4)
         for step in range(1, 1001)
     ]
     assert min(slow) >= 1
     assert mean(slow) == pytest.approx(1.5, abs=0.03)
     assert mean(factor > 1.5 for factor in slow) == pytest.approx(0.368, abs=0.03)
-    rare = Injection(InjectConfig(kind="bernoulli", factor=2, probability=0.2), 0, 1)
+    rare = Injection(InjectConfig(kind="bernoulli", factor=2, probability=0.2), 0, [0])
     assert mean(rare.factor(step) == 2 for step in range(1, 4001)) == pytest.approx(0.2, abs=0.03)
     for probability, factor in ((0, 1), (1, 2)):
-        sure = Injection(InjectConfig(kind="bernoulli", factor=2, probability=probability), 0, 1)
+        sure = Injection(InjectConfig(kind="bernoulli", factor=2, probability=probability), 0, [0])
         assert {sure.factor(step) for step in STEPS} == {factor}
 
 
@@ -162,10 +162,22 @@ def test_job_file_injects_and_goes_on_without(tmp_path: Path) -> None:
 def test_ranks_that_do_not_exist_are_refused_on_all_ranks() -> None:
     config = InjectConfig(kind="persistent", ranks=[1, 4, 3], factor=2)
     for rank in range(3):
-        with pytest.raises(JobError, match=r"not have: got \[4, 3\]; allowed: 0 to 2") as caught:
-            Injection(config, rank, 3)
+        with pytest.raises(
+            JobError, match=r"compute nothing in this run: got \[4, 3\]; allowed: 0 to 2"
+        ) as caught:
+            Injection(config, rank, range(3))
         assert caught.value.everywhere and caught.value.exit_code == ExitCode.BAD_JOB
-    Injection(config, 0, 5)
+    Injection(config, 0, range(5))
+
+
+def test_a_root_that_only_adds_up_is_not_struck() -> None:
+    """It is refused by name, and its turn of `rotating` falls to the ranks that compute."""
+    with pytest.raises(JobError, match=r"got \[0\]; allowed: 1 to 3"):
+        Injection(InjectConfig(kind="kill", ranks=[0], step=2), 1, range(1, 4))
+    config = InjectConfig(kind="rotating", factor=5)
+    ranks = [Injection(config, rank, range(1, 4)) for rank in range(1, 4)]
+    turns = [[rank.factor(step) for rank in ranks].index(5.0) for step in range(1, 7)]
+    assert turns == [0, 1, 2, 0, 1, 2]
 
 
 # ---------------------------------------------------------------------- slowing down
@@ -187,7 +199,7 @@ class Time:
 
     def injection(self, rank: int = 0, size: int = 1, **values: Any) -> Injection:
         config = InjectConfig(**values)
-        return Injection(config, rank, size, clock=lambda: self.now_s, sleep=self.sleep)
+        return Injection(config, rank, range(size), clock=lambda: self.now_s, sleep=self.sleep)
 
 
 def test_sleep_follows_the_work_and_is_in_proportion() -> None:

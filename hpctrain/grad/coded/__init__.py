@@ -2,7 +2,8 @@
 
 The way of a data block: `exchange` (`Coded.step`) takes its number from `worker` and has the
 program compute it. `backward` puts the gradient of each model block (`columns`) into a cell
-(`cells`) as soon as it is there; `worker` adds up what it has along a tree (`sums`) and sends it.
+(`cells`) as soon as it is there; `worker` adds up what it has along a tree (`sums`) and sends it,
+or lends it to a root on the same node (`lending`).
 At a root, `desk` hands messages to whom they are for: cells to `aggregator`, which adds up what all
 sent and sends the results to all, and words to `coordinator`, which decides who computes what
 (`dealing`) among those who hold it (`assignment`), knows who lives, and has ranks that fell behind

@@ -58,10 +58,6 @@ class Assignment:
         """Data blocks that the worker computes first, ascending."""
         return tuple(block for block, (owner, *_) in enumerate(self.holders) if owner == worker)
 
-    def backups(self, worker: int) -> tuple[int, ...]:
-        """Data blocks that the worker holds for others, ascending."""
-        return tuple(block for block, (_, *rest) in enumerate(self.holders) if worker in rest)
-
     def held(self, worker: int) -> tuple[int, ...]:
         """Data blocks that the worker can compute, ascending."""
         return tuple(block for block, holders in enumerate(self.holders) if worker in holders)

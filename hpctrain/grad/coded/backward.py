@@ -116,7 +116,7 @@ class Backward:
             if column.index not in self._packed:
                 self._put(column)
         for buffers in self.buffers:
-            cell = self._pool.take(buffers.nbytes)
+            cell = self._pool.take_shared(buffers.nbytes)
             buffers.pack(cell, self._block, share)
             cell.loss = 0.0
             self._worker.put(buffers.index, cell, self._block)
@@ -165,7 +165,7 @@ class Backward:
             left.loss += self._loss
             worker.put_sum(column.index, left, block)
             return
-        cell = self._pool.take(column.nbytes)
+        cell = self._pool.take_shared(column.nbytes)
         copied = column.pack(cell)
         cell.loss = self._loss
         if copied is None:

@@ -27,6 +27,7 @@ def packed(
     torch.save(
         {
             "module": module.state_dict(),
+            "buffers": _left_out(module),
             "optimizer": optimizer.state_dict(),
             "extra": extra.state_dict() if extra else None,
             "step": step,
@@ -42,7 +43,16 @@ def unpack(
     """Take over what `packed` gave. Returns the number of steps."""
     state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     module.load_state_dict(state["module"])
+    with torch.no_grad():
+        for name, buffer in _left_out(module).items():
+            buffer.copy_(state["buffers"][name])
     optimizer.load_state_dict(state["optimizer"])
     if extra:
         extra.load_state_dict(state["extra"])
     return int(state["step"])
+
+
+def _left_out(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Buffers that the module does not count to its state, by name."""
+    saved = module.state_dict().keys()
+    return {name: buffer for name, buffer in module.named_buffers() if name not in saved}

@@ -42,7 +42,8 @@ class Kind(IntEnum):
     DROP = 7
     """Data block lo is there: give it up."""
     OWN = 8
-    """Behind it, the data blocks that the worker is to compute from round `round` on."""
+    """Behind it, the data blocks that the worker computes from the round on that it begins next. Of
+    two such messages the one of the later `round` holds."""
     ORDER = 9
     """Behind it, the order in which a backward finished gradients."""
     LAYOUT = 10
@@ -54,7 +55,11 @@ class Kind(IntEnum):
     END = 13
     """The run is over; behind it, the ranks that are dead."""
     BEAT = 14
-    """The sender lives."""
+    """The sender lives. lo: the rank that it is for."""
+    LENT = 17
+    """A cell lies in the sender's arena, from byte lo on, of hi bytes; see `lending`."""
+    BACK = 18
+    """The cell that begins at byte lo of the receiver's arena is not needed any more."""
     BEHIND = 16
     """The sender has no results of round `round` any more, which rank lo has begun only now."""
 
@@ -69,18 +74,30 @@ class Buffer:
         whole: all bytes.
         payload: the bytes behind the header.
         holders: how many still need it; see `Pool`.
+        is_shared: whether other ranks of the node can use its memory.
+        give_back: called when nobody holds it any more, if it belongs to another rank.
         cached: what others keep with the memory, such as views of it.
     """
 
-    __slots__ = ("_floats", "_words", "cached", "holders", "mpi", "payload", "whole")
+    __slots__ = (
+        *("_floats", "_words", "cached", "give_back", "holders", "is_shared", "mpi", "payload"),
+        "whole",
+    )
 
-    def __init__(self, whole: torch.Tensor) -> None:
+    def __init__(
+        self,
+        whole: torch.Tensor,
+        is_shared: bool = False,
+        give_back: Callable[[], object] | None = None,
+    ) -> None:
         self.whole = whole
         self.payload = whole[HEADER_BYTES:]
         self._words = whole[:HEADER_BYTES].view(torch.int64).numpy()
         self._floats = self._words.view(np.float64)
         self.mpi = buffer_of(whole)
         self.holders = 1
+        self.is_shared = is_shared
+        self.give_back = give_back
         self.cached: dict[Any, Any] = {}
 
     def write(
@@ -158,11 +175,18 @@ class Pool:
 
     Args:
         allocate: makes host memory of so many bytes; pinned for gradients on a device.
+        share: makes memory that other ranks of the node can use, while there is some.
     """
 
-    def __init__(self, allocate: Callable[[int], torch.Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        allocate: Callable[[int], torch.Tensor] | None = None,
+        share: Callable[[int], torch.Tensor | None] = lambda nbytes: None,
+    ) -> None:
         self._allocate = allocate or (lambda nbytes: torch.empty(nbytes, dtype=torch.uint8))
+        self._share = share
         self._free: dict[int, list[Buffer]] = defaultdict(list)
+        self._shared: dict[int, list[Buffer]] = defaultdict(list)
         self._lock = threading.Lock()
         self.made_bytes = 0
 
@@ -176,6 +200,19 @@ class Pool:
                 return buffer
             self.made_bytes += HEADER_BYTES + payload_bytes
         return Buffer(self._allocate(HEADER_BYTES + payload_bytes))
+
+    def take_shared(self, payload_bytes: int) -> Buffer:
+        """The same, of memory that can be lent to other ranks, if there is any left."""
+        with self._lock:
+            free = self._shared[payload_bytes]
+            if free:
+                buffer = free.pop()
+                buffer.holders = 1
+                return buffer
+            memory = self._share(HEADER_BYTES + payload_bytes)
+            if memory is not None:
+                return Buffer(memory, is_shared=True)
+        return self.take(payload_bytes)
 
     def message(
         self, kind: Kind, round_: int, lo: int = 0, hi: int = 0, column: int = 0, data: bytes = b""
@@ -191,10 +228,18 @@ class Pool:
         with self._lock:
             buffer.holders -= 1
             assert buffer.holders >= 0
-            if buffer.holders == 0 and buffer.is_unique:
+            if buffer.holders:
+                return
+            if buffer.give_back:
+                pass
+            elif buffer.is_shared:
+                self._shared[buffer.payload.numel()].append(buffer)
+            elif buffer.is_unique:
                 self.made_bytes -= buffer.whole.numel()
-            elif buffer.holders == 0:
+            else:
                 self._free[buffer.payload.numel()].append(buffer)
+        if buffer.give_back:
+            buffer.give_back()
 
     def hold(self, buffer: Buffer, times: int = 1) -> None:
         """So many more need it."""

@@ -190,8 +190,8 @@ class BufferColumn:
     """Buffers of the model of one dtype: what the forwards of each data block make of them.
 
     Floating-point ones become the mean over samples of what they were after each data block, all
-    others what they were after data block 0. Every data block begins with those of the step. What
-    travels of the former is by how much they changed, so that constants keep their bits.
+    others what they were after data block 0. Every data block begins with those of the step. Before
+    the former travels a mark each, 0 where no data block changed it: it keeps its bits then.
     """
 
     def __init__(
@@ -205,7 +205,9 @@ class BufferColumn:
         self._averages = dtype.is_floating_point or dtype.is_complex
         self._dtype = torch.float64 if self._averages else torch.int64
         self.add = add_cells(self._dtype)
-        self.nbytes = 8 * sum(buffer.numel() for buffer in self._buffers())
+        self._sizes = [buffer.numel() for buffer in self._buffers()]
+        self._marks = len(self._sizes) if self._averages else 0
+        self.nbytes = 8 * (self._marks + sum(self._sizes))
         self._begin: list[torch.Tensor] = []
 
     def keep(self) -> None:
@@ -220,28 +222,27 @@ class BufferColumn:
 
     def pack(self, cell: Buffer, block: int, weight: float) -> None:
         """Put what a data block made of the buffers into a cell, with that block's weight."""
-        flat = self._flat(self._buffers())
-        if self._averages and weight:
-            begin = self._flat(self._begin)
-            is_same = flat == begin  # also of what is infinite, such as a mask
-            flat.sub_(begin).mul_(weight)[is_same] = 0
-        elif self._averages or block != 0:
-            flat.zero_()
-        cell.numbers(self._dtype).copy_(flat)
+        numbers = cell.numbers(self._dtype)
+        if not weight if self._averages else block:
+            numbers.zero_()
+            return
+        buffers = self._buffers()
+        marks, values = numbers[: self._marks], numbers[self._marks :]
+        values.copy_(torch.cat([buffer.flatten().to("cpu", self._dtype) for buffer in buffers]))
+        if self._averages:
+            values.mul_(weight)
+            kept = [_has_bits_of(*both) for both in zip(buffers, self._begin, strict=True)]
+            marks.copy_(torch.tensor(kept).logical_not())
 
     def show(self, result: Buffer) -> None:
         """Set the buffers to what all data blocks made of them together."""
-        flat = result.numbers(self._dtype)
-        if self._averages:
-            flat = flat + self._flat(self._begin)
-        buffers = self._buffers()
-        parts = flat.split([buffer.numel() for buffer in buffers])
+        numbers = result.numbers(self._dtype)
+        parts = numbers[self._marks :].split(self._sizes)
+        is_new = numbers[: self._marks].tolist() if self._averages else [1.0] * len(parts)
         with torch.no_grad():
-            for buffer, part in zip(buffers, parts, strict=True):
-                buffer.copy_(part.view(buffer.shape))
-
-    def _flat(self, buffers: Sequence[torch.Tensor]) -> torch.Tensor:
-        return torch.cat([buffer.flatten().to("cpu", self._dtype) for buffer in buffers])
+            for buffer, part, new in zip(self._buffers(), parts, is_new, strict=True):
+                if new:
+                    buffer.copy_(part.view(buffer.shape))
 
     def scale(self, cell: Buffer, factor: float) -> None:
         """Multiply a cell, if it is part of a mean."""
@@ -264,6 +265,11 @@ class BufferColumn:
         named = dict(self._module.named_buffers())
         found = (named[name].detach() for name in self._names)
         return [torch.view_as_real(b) if b.is_complex() else b for b in found]
+
+
+def _has_bits_of(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    mine, its = (each.contiguous().flatten().view(torch.uint8) for each in (tensor, other))
+    return torch.equal(mine, its)
 
 
 def digest_of(tensors: Sequence[torch.Tensor], loss: float) -> bytes:

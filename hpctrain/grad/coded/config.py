@@ -23,8 +23,8 @@ class CodedConfig:
     copies: int = option(2, minimum=1)
     """How many workers hold each data block; at most all of them."""
     enough: int = option(0, minimum=0)
-    """Any so many workers must hold a complete set, which is certified at the start; 0 for what
-    `copies` gives."""
+    """Any so many workers must hold a complete set, which is certified at the start; at most all
+    of them, 0 for what `copies` gives."""
     placement: str = option("spread", choices=PLACEMENTS)
     """Where the backups of a worker's data blocks lie, if it sends sums: on as many other workers
     as possible, on the next ones, or all on those of its group (fractional repetition)."""
@@ -44,8 +44,8 @@ class CodedConfig:
     silent_s: float = option(1.0, minimum=0.3)
     """Of a worker that has said nothing for so long nothing is expected in the present step."""
     lost_s: float = option(4.0, above=0)
-    """A worker that has said nothing for so long counts as dead, where the MPI library cannot tell:
-    when then nobody is left who holds some data block, the run ends."""
+    """A worker that has said nothing for so long counts as dead, or for a minute where the MPI
+    library tells of deaths: when then nobody is left who holds some data block, the run ends."""
 
     def __post_init__(self) -> None:
         check(self)

@@ -63,6 +63,7 @@ class Coordinator:
         silence: how long ranks may say nothing.
         roots: ranks without which the run cannot go on.
         relearn: whether owners change with measured speed.
+        has_all: whether this rank has all that a round gives.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Coordinator:
         silence: Silence,
         roots: Sequence[int],
         relearn: bool = True,
+        has_all: Callable[[int], bool] = lambda round_: False,
     ) -> None:
         self._post = post
         self._pool = pool
@@ -87,6 +89,7 @@ class Coordinator:
         self._roots = tuple(roots)
         self._scheme = scheme
         self._relearn = relearn and scheme.relearns
+        self._has_all = has_all
         self._owners = Owners(scheme.assignment)
         self._paces = {True: Paces(len(workers)), False: Paces(len(workers))}
         self._round: Round | None = None
@@ -150,6 +153,10 @@ class Coordinator:
             for rank in range(self._ranks):
                 self._say(Kind.LAYOUT, rank, data=self._order)
         self._pool.drop(buffer)
+
+    def hears(self, rank: int, until_s: float) -> None:
+        """A message of the rank is on its way, and may take until then."""
+        self._heard_s[rank] = max(self._heard_s[rank], until_s)
 
     def died(self, rank: int) -> None:
         """The MPI library says that a rank is dead."""
@@ -308,8 +315,8 @@ class Coordinator:
         if not gone:
             return
         find = self._scheme.lost if self._trains else lost
-        missing = [b for b in find(self._round.assignment, gone) if b not in self._round.done_by]
-        if missing:
+        missing = find(self._round.assignment, gone)
+        if missing and not self._has_all(self._number):
             shown = ", ".join(map(str, missing[:8])) + (" ..." if missing[8:] else "")
             who = ", ".join(str(self._workers[index]) for index in sorted(gone))
             self.failure = (

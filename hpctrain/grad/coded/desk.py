@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from hpctrain.grad.coded.aggregator import Aggregator
 from hpctrain.grad.coded.cells import HEADER_BYTES, Buffer, Kind, Pool, content
 from hpctrain.grad.coded.coordinator import Coordinator
+from hpctrain.grad.coded.lending import Lending
 from hpctrain.grad.coded.worker import Worker
 from hpctrain.trace import now_s
 
@@ -15,6 +16,8 @@ BEAT_S = 0.25
 """How often a rank says that it lives, if it has nothing else to say."""
 ROOT_LOST_S = 10.0
 """A root that is silent for so long is dead, where the MPI library does not say."""
+SLOWEST_BYTES_PER_S = 1e6
+"""A rank whose message is on its way is not silent, unless it takes longer than at this rate."""
 
 _FOR_THE_FIRST_ROOT = frozenset((Kind.JOIN, Kind.DONE, Kind.ORDER, Kind.BEAT, Kind.BEHIND))
 
@@ -30,9 +33,6 @@ class Outbox(Protocol):
     def send(self, rank: int, letter: Any) -> None:
         """Send, also to oneself."""
 
-    def is_sending(self, rank: int) -> bool:
-        """Whether something to the rank has not left yet."""
-
 
 class Desk:
     """A postman; see comm.mailbox.Postman. Pure but for what it is opened with.
@@ -44,6 +44,7 @@ class Desk:
         pool: of buffers.
         now: the clock, in seconds.
         beat_s: how often a rank says that it lives, if it has nothing else to say.
+        root_lost_s: a root that is silent for so long is dead.
 
     Attributes:
         layout: the order of parameters on which all agreed, once it has come.
@@ -58,12 +59,16 @@ class Desk:
         pool: Pool,
         now: Callable[[], float] = now_s,
         beat_s: float = BEAT_S,
+        root_lost_s: float = ROOT_LOST_S,
     ) -> None:
         self._rank, self._ranks = rank, ranks
         self._roots = tuple(roots)
         self._pool = pool
         self._now = now
         self._beat_s = beat_s
+        self._root_lost_s = root_lost_s
+        self._beating: set[int] = set()
+        """Ranks to which a beat is on its way."""
         self.layout: bytes | None = None
         self.is_closed = False
         self._dead_root: int | None = None
@@ -77,21 +82,21 @@ class Desk:
         worker: Worker,
         aggregator: Aggregator | None,
         coordinator: Coordinator | None,
+        lending: Lending | None = None,
         look: Callable[[], object] = lambda: None,
     ) -> None:
         """Have these to hand messages to, before the first one comes; `look` at each tick."""
         self._outbox = outbox
+        self._lending = lending
         self._look = look
         self._worker, self._aggregator, self._coordinator = worker, aggregator, coordinator
 
     def lost_root(self) -> str | None:
-        """What is wrong with a root, if this rank is none itself."""
+        """What is wrong with a root other than this rank."""
         if self._dead_root is not None:
             return f"rank {self._dead_root}, which adds up gradients, is dead"
-        if self._rank in self._roots:
-            return None
         for root in self._roots:
-            if self._now() - self._heard_s[root] > ROOT_LOST_S:
+            if root != self._rank and self._now() - self._heard_s[root] > self._root_lost_s:
                 return f"rank {root}, which adds up gradients, is silent"
         return None
 
@@ -103,14 +108,22 @@ class Desk:
 
     # ------------------------------------------------------------------ inside the engine
 
-    def room(self, nbytes: int) -> Buffer:
-        """A buffer for a message."""
+    def room(self, source: int, nbytes: int) -> Buffer:
+        """A buffer for a message, which may take a while."""
+        until_s = self._now() + nbytes / SLOWEST_BYTES_PER_S
+        self._heard_s[source] = max(self._heard_s[source], until_s)
+        if self._coordinator:
+            self._coordinator.hears(source, until_s)
         return self._pool.take(nbytes - HEADER_BYTES)
 
     def came(self, source: int, letter: Any) -> None:
         """A message is there."""
         kind = letter.kind
         self._heard_s[source] = self._now()
+        if kind is Kind.LENT:
+            assert self._lending
+            letter = self._lending.borrow(source, letter)
+            kind = letter.kind
         if kind is Kind.CELL:
             assert self._aggregator
             self._aggregator.receive(source, letter)
@@ -121,6 +134,9 @@ class Desk:
                 self._coordinator.receive(source, letter)
             else:
                 self._pool.drop(letter)
+        elif kind is Kind.BACK:
+            assert self._lending
+            self._lending.came_back(letter)
         elif kind is Kind.LAYOUT:
             self.layout = self.layout or content(letter)
             self._pool.drop(letter)
@@ -129,6 +145,8 @@ class Desk:
 
     def sent(self, letter: Any) -> None:
         """A message has left."""
+        if letter.kind is Kind.BEAT:
+            self._beating.discard(letter.lo)
         self._pool.drop(letter)
 
     def died(self, rank: int) -> None:
@@ -157,7 +175,7 @@ class Desk:
         outbox = self._outbox
         for other in range(self._ranks) if self._rank in self._roots else self._roots:
             is_due = now - outbox.sent_s.get(other, 0.0) > self._beat_s
-            if other == self._rank or other in outbox.dead or not is_due:
-                continue
-            if not outbox.is_sending(other):  # or they would pile up to one that stands still
-                outbox.send(other, self._pool.message(Kind.BEAT, self._worker.round))
+            # One at a time, or they would pile up to a rank that stands still.
+            if is_due and other not in {self._rank, *self._beating, *outbox.dead}:
+                self._beating.add(other)
+                outbox.send(other, self._pool.message(Kind.BEAT, self._worker.round, other))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -13,9 +14,11 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from hpctrain.comm.collect import all_gather
 from hpctrain.comm.device import Device, Event, cuda
 from hpctrain.comm.engine import engine_of
 from hpctrain.comm.mailbox import Mailbox
+from hpctrain.comm.node import shared_arenas
 from hpctrain.data.generators import kept_generators, seed_by
 from hpctrain.errors import ExchangeError
 from hpctrain.grad import replicas
@@ -26,13 +29,14 @@ from hpctrain.grad.coded.catching_up import Stateful, packed, unpack
 from hpctrain.grad.coded.cells import Buffer, Kind, Pool, content
 from hpctrain.grad.coded.config import CodedConfig, Hands, LostError
 from hpctrain.grad.coded.coordinator import Coordinator, Silence, evaluation_assignment
-from hpctrain.grad.coded.desk import Desk
+from hpctrain.grad.coded.desk import ROOT_LOST_S, Desk
+from hpctrain.grad.coded.lending import LEAST_BYTES, Arena, Lending, arena_sizes
 from hpctrain.grad.coded.record import Record
 from hpctrain.grad.coded.schemes import scheme_of
 from hpctrain.grad.coded.sums import Node
 from hpctrain.grad.coded.worker import Worker, as_blocks
 from hpctrain.trace import now_s
-from hpctrain.world import World, join
+from hpctrain.world import World, join, tells_of_deaths
 
 _log = logging.getLogger("hpctrain")
 
@@ -41,6 +45,11 @@ WAIT_S = 5e-4
 LISTEN_S = 2e-2
 """How late a rank that computes may hear that a data block is not needed any more. Shorter, and
 listening costs all ranks more than what is computed in vain costs a few."""
+
+HELP_PAUSE = 10.0
+"""States for ranks that fell behind take at most one part in so many of the first root's time."""
+STOOD_STILL_S = 60.0
+"""A rank that is silent for so long counts as dead although the MPI library would have told."""
 
 _NONE = object()
 """Stands for a subset where there is none."""
@@ -107,6 +116,14 @@ class Coded:
         self._scheme.wrong = self._name_wrong
         self.assignment = self._scheme.assignment
         self.blocks = self.assignment.blocks
+        if config.enough > workers:
+            raise ExchangeError(
+                "coded.enough: there are not so many workers",
+                value=config.enough,
+                allowed=f"0 to {workers}",
+                fix="lower coded.enough, or start more ranks",
+                everywhere=True,
+            )
         enough = config.enough or self._scheme.fewest
         self.certificate = self._scheme.certificate(enough)
         if callable(samples):
@@ -125,7 +142,10 @@ class Coded:
         replicas.check_same_model(control, self.world, module)
         replicas.broadcast_state(control, module)
         device = device_of(module)
-        pool = self._pool = Pool(device.host_memory if device else None)
+        arena = self._open_arena(device)
+        pool = self._pool = Pool(
+            device.host_memory if device else None, *([arena.carve] if arena else [])
+        )
         self.step_number = 0
         """Steps done, by the run as a whole."""
         self.moved = False
@@ -141,6 +161,7 @@ class Coded:
         """By rank: how often it sent something else than most. On a root."""
         self.exposed_s = 0.0
         """How long this rank had nothing to compute in the last step."""
+        self._helps_from_s = 0.0
         self._begun_blocks = -1
         self._round = -1
         self._layout = b""
@@ -152,12 +173,19 @@ class Coded:
         """The ends of the copies of results to the device."""
 
         self.engine.tolerate_deaths()
-        self._desk = Desk(rank, size, hands.roots, pool)
+        lost_s, root_lost_s = config.lost_s, ROOT_LOST_S
+        if tells_of_deaths(os.environ):
+            lost_s, root_lost_s = max(lost_s, STOOD_STILL_S), STOOD_STILL_S
+        self._lost_s = lost_s
+        self._desk = Desk(rank, size, hands.roots, pool, root_lost_s=root_lost_s)
         self.mailbox = Mailbox(self.engine, self._desk, LISTEN_S)
         post = self.mailbox.send
+        lending = Lending(arena, pool, post) if arena else None
         index = hands.workers.index(rank) if rank in hands.workers else -1
         holds_back = not config.deadline_s  # else what is held back would be missing then
-        self.worker = Worker(post, pool, hands.roots, self._scheme, index, holds_back)
+        self.worker = Worker(
+            lending.post if lending else post, pool, hands.roots, self._scheme, index, holds_back
+        )
         if index >= 0:
             self.worker.own = self._scheme.own(index)
         self.aggregator: Aggregator | None = None
@@ -170,19 +198,30 @@ class Coded:
         if rank == hands.roots[0]:
             self.coordinator = Coordinator(
                 *(post, pool, hands.workers, size, self._scheme, now_s),
-                Silence(config.silent_s, config.lost_s),
+                Silence(config.silent_s, lost_s),
                 hands.roots,
                 config.relearn,
+                self.worker.has_all,
             )
         self._backward = Backward(module, device, pool, self.worker, hands.roots, block_bytes)
         self._record = Record(
             self.engine, hands.workers, self.samples, self.aggregator, self.coordinator
         )
         self._desk.open(
-            *(self.mailbox, self.worker, self.aggregator, self.coordinator),
+            *(self.mailbox, self.worker, self.aggregator, self.coordinator, lending),
             self._backward.move_copies,
         )
         self.mailbox.open()
+
+    def _open_arena(self, device: Device | None) -> Arena | None:
+        """Memory to lend gradients on the host to roots of the same node. Collective."""
+        world, hands = self.world, self.hands
+        sizes = arena_sizes(self.module, world.nodes, hands.roots, hands.workers)
+        are_here = all_gather(self.engine.control, device is None, label="where gradients are")
+        if not all(are_here) or max(sizes) < LEAST_BYTES:
+            return None
+        parts = shared_arenas(self.engine, sizes)
+        return Arena(world.rank, parts) if parts else None
 
     # ------------------------------------------------------------------ a step
 
@@ -292,7 +331,8 @@ class Coded:
                 coordinator.end(has_failed)
         self.mailbox.abandon()  # closed at the next meeting of all ranks, after what follows
         self.engine.drive(lambda: self.worker.ended is not None or bool(self._trouble()), WAIT_S)
-        self._raise_trouble()
+        if coordinator or self.worker.ended is None:  # once it is over, a root may leave
+            self._raise_trouble()
         self._record.rounds(self._round, self._backward.all_columns)
         self._leave()
 
@@ -434,13 +474,14 @@ class Coded:
 
         def something() -> bool:
             new_layout = bool(self._desk.layout) and not self._layout
-            helps = self.coordinator is not None and self.coordinator.behind and worker.trains
+            helps = worker.trains and self._may_help
             is_done = worker.is_over or worker.has_work or new_layout or helps
             return bool(is_done) or bool(self._trouble())
 
         self.engine.drive(something, WAIT_S)
         self.exposed_s += now_s() - begun_s
-        self._raise_trouble()
+        if not worker.is_over:
+            self._raise_trouble()
         self._take_layout()
 
     def _end_copies(self) -> None:
@@ -461,7 +502,7 @@ class Coded:
             return self.coordinator.failure
         if self.aggregator and self.config.sends == "vote":
             with self.engine.exclusive():  # whose thread takes votes in
-                undecided = self.aggregator.undecided(self._desk.gone(self.config.lost_s))
+                undecided = self.aggregator.undecided(self._desk.gone(self._lost_s))
             for column, node in undecided:
                 return (
                     f"the copies of model block {column}, data blocks {node.lo} to {node.hi - 1}, "
@@ -494,8 +535,9 @@ class Coded:
 
         At once: the others may hold nothing of what those are to compute.
         """
-        if self.coordinator is None or not self.coordinator.behind:
+        if self.coordinator is None or not self._may_help:
             return
+        begun_s = now_s()
         self._backward.restore_buffers()
         with self.engine.exclusive():
             behind = self.coordinator.take_behind()
@@ -504,6 +546,13 @@ class Coded:
             for rank in behind:
                 _log.info("rank %d fell behind: it goes on at step %d", rank, self.step_number + 1)
                 self.mailbox.send(rank, self._pool.message(Kind.STATE, self._round, data=state))
+        self._helps_from_s = now_s() + HELP_PAUSE * (now_s() - begun_s)
+
+    @property
+    def _may_help(self) -> bool:
+        """Whether a rank waits for a state, and the last one was not just now."""
+        waits = self.coordinator is not None and bool(self.coordinator.behind)
+        return waits and now_s() >= self._helps_from_s
 
     def _has_results(self) -> bool:
         """Whether the round gave what it should; else go on where the others are."""

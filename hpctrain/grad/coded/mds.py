@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations, pairwise
+from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
@@ -140,14 +140,6 @@ def check_amplification(code: Code, seed: int = 0) -> None:
             fix="take fewer stragglers or fewer workers, or send data blocks uncoded",
             everywhere=True,
         )
-
-
-def groups(blocks: int, workers: int) -> list[range]:
-    """Data blocks in one contiguous group for each worker; sizes differ by at most one."""
-    check_whole("number of data blocks", blocks, 1)
-    check_whole("number of workers", workers, 1)
-    cuts = [group * blocks // workers for group in range(workers + 1)]
-    return [range(*cut) for cut in pairwise(cuts)]
 
 
 def _checks(workers: int, stragglers: int) -> NDArray[np.float64]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 
 from hpctrain.errors import ExchangeError
-from hpctrain.grad.coded.assignment import Assignment, certify, lost, place
+from hpctrain.grad.coded.assignment import Assignment, certify_sufficient, lost, place
 from hpctrain.grad.coded.collecting import (
     Column,
     Combination,
@@ -58,7 +58,7 @@ class Scheme:
         Raises:
             ExchangeError: they do not.
         """
-        return str(certify(self.assignment, max(0, self.assignment.workers - enough)))
+        return str(certify_sufficient(self.assignment, enough))
 
     def parts(self, column: Column, tree: Tree, worker: int, drop: Drop) -> Parts:
         """What a worker begins a round with."""

@@ -50,10 +50,6 @@ class Tree:
                 self.siblings[left], self.siblings[right] = right, left
                 waiting += (left, right)
 
-    def has(self, node: Node) -> bool:
-        """Whether the tree has this node."""
-        return node == self.root or node in self.parents
-
     def path(self, node: Node) -> Iterator[Node]:
         """The node and those that it is part of, upwards."""
         yield node

@@ -167,6 +167,10 @@ class Worker:
             return True
         return bool(self._columns) and len(arrived.results) == len(self._columns)
 
+    def has_all(self, round_: int) -> bool:
+        """Whether this is the round that it is in, and all that it gives has come."""
+        return self.round == round_ and self.is_whole
+
     @property
     def is_over(self) -> bool:
         """Whether there is nothing more to compute: it is whole, or others have gone on."""

@@ -117,13 +117,13 @@ class Alone:
         with torch.no_grad():
             for place, buffer in enumerate(self.module.buffers()):
                 values = [each[place] for each in after]
-                if buffer.is_floating_point():
-                    begin = begun[place].double()
-                    changes = [v.double() - begin for v in values]
-                    parts = [c * share for c, share in zip(changes, shares, strict=True)]
-                    buffer.copy_(begin + along_tree(parts))
-                else:
+                if not buffer.is_floating_point():
                     buffer.copy_(values[0])
+                elif all(torch.equal(v, begun[place]) for v in values):
+                    buffer.copy_(begun[place])
+                else:
+                    parts = [v.double() * share for v, share in zip(values, shares, strict=True)]
+                    buffer.copy_(along_tree(parts))
 
 
 def wide(gradient: torch.Tensor) -> torch.Tensor:

@@ -88,8 +88,9 @@ class Lossy:
 
     Args:
         scenario: `faults`, each with a rank, the first step in which it may happen and what
-            happens when: `compute`, `backward`, `done` or `stop`; `coded`, the configuration;
-            `seed`, of random delays in each step, if there are to be some.
+            happens when: `compute`, `backward` or `done` to die, `stop` to stand still, `lie` to
+            send wrong gradients; `coded`, the configuration; `seed`, of random delays in each step,
+            if there are to be some.
         folder: where ranks leave word.
     """
 
@@ -115,7 +116,7 @@ class Lossy:
         )
         rank, faults = self.world.rank, scenario["faults"]
         self._fault = next((f for f in faults if f["rank"] == rank), None)
-        self._deaths = {f["rank"] for f in faults if f["when"] != "stop"}
+        self._deaths = {f["rank"] for f in faults if f["when"] not in ("stop", "lie")}
         self._stops = [f["rank"] for f in faults if f["when"] == "stop"]
         seed = scenario.get("seed")
         self._delays = None if seed is None else random.Random(1000 * seed + rank)
@@ -169,7 +170,7 @@ class Lossy:
         until_s = time.monotonic() + self._late_s
         while time.monotonic() < until_s and self.coded.is_wanted:
             time.sleep(POLL_S)
-        return loss_of(self.module, subset)
+        return loss_of(self.module, subset) * (1.001 if self._is_due("lie") else 1)
 
     def step(self) -> None:
         """One step, compared bit by bit."""

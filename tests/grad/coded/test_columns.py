@@ -376,6 +376,27 @@ def test_buffers_that_a_forward_leaves_keep_their_bits() -> None:
         assert torch.equal(value, start[name])
 
 
+@pytest.mark.parametrize("start", [torch.inf, torch.finfo(torch.float32).max, torch.nan])
+def test_buffers_that_begin_with_no_value(start: float) -> None:
+    """As those of observers do, which keep the least that they have seen."""
+    model = nn.Module()
+    model.register_buffer("least", torch.tensor([start, 7.0]))
+    model.register_buffer("other", torch.tensor([start]))
+    (column,) = columns_of(model)
+    column.keep()
+    cells = []
+    for block, value in enumerate((2.0, 4.0)):
+        column.restore()
+        model.least[0] = value
+        cells.append(dirty(Pool(), column))
+        column.pack(cells[-1], block, 0.5)
+    column.restore()
+    column.add(*cells)
+    column.show(cells[0])
+    assert model.least.tolist() == [3.0, 7.0]
+    assert torch.equal(model.other.view(torch.int32), torch.tensor([start]).view(torch.int32))
+
+
 def test_infinite_buffers_and_a_data_block_without_samples() -> None:
     model = Odd()
     for column in columns_of(model):

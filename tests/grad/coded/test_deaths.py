@@ -106,3 +106,17 @@ def test_worker_that_stood_still_goes_on_where_the_others_are(launch: Launch, ov
         root="dedicated",
     )
     assert told[1]["jumps"] >= 1
+
+
+@pytest.mark.slow
+def test_copies_that_differ_while_the_third_is_silent_end_the_run(launch: Launch) -> None:
+    """Nobody is known to be dead here; a vote of one against one is not waited for for ever."""
+    faults = deaths((2, 3, "lie"), (3, 3, "stop"))
+    coded = CODED | {"root": "dedicated", "sends": "vote", "silent_s": 0.5, "lost_s": 1.0}
+    ended = launch(
+        *(4, PROGRAM, json.dumps({"faults": faults, "coded": coded}), launch.folder),
+        limit_s=60,
+        OMP_NUM_THREADS="1",
+    )
+    assert ended.status != 0
+    assert "no majority agrees" in ended.err

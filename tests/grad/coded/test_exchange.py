@@ -297,6 +297,15 @@ def test_no_copies() -> None:
         CodedConfig(copies=0)
 
 
+@pytest.mark.parametrize("sends", ["sums", "mds"])
+def test_enough_of_more_than_there_are(world: World, sends: str) -> None:
+    module = make("perceptron")
+    many = world.size + 1
+    config = CodedConfig(sends=sends, enough=many)
+    with pytest.raises(ExchangeError, match=rf"enough.*: got {many}; allowed: 0 to {world.size}"):
+        Coded(module, sgd(module.parameters()), config, world=world)
+
+
 def test_enough_that_cannot_be_had(world: World) -> None:
     if world.size == 1:
         pytest.skip("one worker is enough")
@@ -329,6 +338,20 @@ def test_a_run_that_is_over_leaves_nothing(world: World) -> None:
     again = Run(world, module)  # whose parameters have hooks of the run before
     again.to(2)
     barrier_on(engine.control)
+
+
+def test_a_rank_that_comes_late_to_the_end_does_not_miss_the_root(world: World) -> None:
+    """Which has left by then, and says no more that it lives."""
+    run = Run(world, make("perceptron"), copies=2)
+    run.to(2)
+    coded = run.coded
+    if world.is_root:
+        coded.end()
+    else:
+        coded.engine.drive(lambda: coded.is_over, POLL_S)
+        coded._desk._heard_s[0] = -1e9
+        coded.end()
+    barrier_on(coded.engine.control)
 
 
 def test_two_runs_at_once(world: World) -> None:

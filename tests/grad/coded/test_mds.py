@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import combinations, pairwise
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -13,7 +13,6 @@ from hpctrain.grad.coded.mds import (
     Code,
     check_amplification,
     cyclic_code,
-    groups,
     worst_amplification,
 )
 
@@ -146,12 +145,3 @@ def test_out_of_range() -> None:
         Code(np.ones((3, 3)), 1)
     with pytest.raises(ExchangeError, match="bad coefficients"):
         Code(np.ones((3, 2)), 1)
-
-
-@pytest.mark.parametrize(("blocks", "workers"), [(1, 1), (7, 3), (3, 5), (64, 16), (17, 4)])
-def test_groups(blocks: int, workers: int) -> None:
-    made = groups(blocks, workers)
-    assert [block for group in made for block in group] == list(range(blocks))
-    assert len(made) == workers
-    assert max(map(len, made)) - min(map(len, made)) <= 1
-    assert all(one.stop == other.start for one, other in pairwise(made))

@@ -26,6 +26,7 @@ from hpctrain.grad.coded.cells import HEADER_BYTES, Buffer, Kind, Pool, content
 from hpctrain.grad.coded.collecting import WholeSum
 from hpctrain.grad.coded.coordinator import Coordinator, Silence, evaluation_assignment
 from hpctrain.grad.coded.desk import Desk
+from hpctrain.grad.coded.lending import Arena, Lending
 from hpctrain.grad.coded.schemes import Scheme
 from hpctrain.grad.coded.sums import Node, tree_of
 from hpctrain.grad.coded.worker import Worker
@@ -65,6 +66,8 @@ class Scene:
     """Whether the MPI library tells of deaths."""
     evaluations: int = 0
     """Steps between two sets of evaluations."""
+    near: bool = False
+    """Whether all ranks are on one node, so that cells are lent."""
 
     @property
     def first(self) -> int:
@@ -120,11 +123,15 @@ def all_bytes(buffer: Buffer) -> np.ndarray:
     return found  # type: ignore[no-any-return]
 
 
+def poisoned(nbytes: int) -> torch.Tensor:
+    return torch.full((nbytes,), 255, dtype=torch.uint8)
+
+
 class PoisonedPool(Pool):
     """What it is given back is NaN from then on, its header too."""
 
-    def __init__(self) -> None:
-        super().__init__(lambda nbytes: torch.full((nbytes,), 255, dtype=torch.uint8))
+    def __init__(self, share: Callable[[int], torch.Tensor | None] | None = None) -> None:
+        super().__init__(poisoned, share or (lambda nbytes: None))
         self.held: set[Buffer] = set()
         self.peak_bytes = 0
 
@@ -134,10 +141,16 @@ class PoisonedPool(Pool):
         self.peak_bytes = max(self.peak_bytes, self.made_bytes)
         return buffer
 
+    def take_shared(self, payload_bytes: int) -> Buffer:
+        buffer = super().take_shared(payload_bytes)
+        self.held.add(buffer)
+        return buffer
+
     def drop(self, buffer: Buffer) -> None:
         super().drop(buffer)
         if buffer.holders == 0:
-            self.held.remove(buffer)
+            if not buffer.give_back:
+                self.held.remove(buffer)
             all_bytes(buffer).fill(255)
 
 
@@ -173,10 +186,6 @@ class Outbox:
         self.sent_s: dict[int, float] = {}
         self.dead = rank.network.known_dead
 
-    def is_sending(self, to: int) -> bool:
-        del to
-        return False
-
     def send(self, to: int, letter: Buffer) -> None:
         network = self._rank.network
         self.sent_s[to] = network.now_s
@@ -191,7 +200,8 @@ class Rank:
         self.network = network
         self.number = number
         self.draw = random.Random(number * 1000 + scene.steps)
-        self.pool = PoisonedPool()
+        arena = Arena(number, network.arenas, 0) if scene.near else None
+        self.pool = PoisonedPool(arena.carve if arena else None)
         self.roots = tuple(range(scene.roots))
         self.workers = tuple(range(scene.first, scene.size))
         self.index = number - scene.first
@@ -208,7 +218,9 @@ class Rank:
         self.outbox = Outbox(self)
         post = self.post = self.outbox.send
         scheme = Scheme(network.assignment, "spread")
-        self.worker = Worker(post, self.pool, self.roots, scheme, self.index)
+        self.lending = Lending(arena, self.pool, post) if arena else None
+        send = self.lending.post if self.lending else post
+        self.worker = Worker(send, self.pool, self.roots, scheme, self.index)
         if self.index >= 0:
             self.worker.own = network.assignment.owned(self.index)
         self.aggregator: Aggregator | None = None
@@ -229,7 +241,7 @@ class Rank:
             *(number, scene.size, self.roots, self.pool, lambda: network.now_s),
             beat_s=BEAT_S,
         )
-        self.desk.open(self.outbox, self.worker, self.aggregator, self.coordinator)
+        self.desk.open(self.outbox, self.worker, self.aggregator, self.coordinator, self.lending)
         self.waits = False
         self.main = self._run()
 
@@ -329,7 +341,7 @@ class Rank:
                     left.loss += loss
                     worker.put_sum(index, left, block)
                 else:
-                    cell = self.pool.take(column.nbytes)
+                    cell = self.pool.take_shared(column.nbytes)
                     words(cell)[:] = gradient
                     cell.loss = loss
                     worker.put(index, cell, block)
@@ -406,7 +418,16 @@ class Rank:
                         found += one.sum.nodes.values()
         if self.coordinator:
             found += [letter for _, letter in self.coordinator._early]
-        return found
+        return [buffer for buffer in found if not buffer.give_back]
+
+    def borrowed(self) -> set[tuple[int, int]]:
+        """Of whom, and from where on, it still has cells."""
+        seen = self.lending._seen.items() if self.lending else ()
+        return {key for key, buffer in seen if buffer.holders}
+
+    def lent(self) -> dict[int, Buffer]:
+        """Cells that a root has, by their place."""
+        return self.lending._lent if self.lending else {}
 
 
 @dataclass(order=True)
@@ -431,6 +452,8 @@ class Network:
         blocks = scene.blocks or 2 * scene.workers
         self.assignment = place("spread", blocks, scene.workers, scene.copies)
         self.truth = Truth(blocks, scene.columns)
+        nbytes = int(2.5 * scene.columns * (HEADER_BYTES + 64))  # not quite enough
+        self.arenas = {number: poisoned(nbytes) for number in range(scene.size)}
         self.known_dead: set[int] = set()
         self.stuck: dict[Rank, set[Buffer]] = defaultdict(set)
         """Messages that never leave, since nobody tells that who is to take them is dead."""
@@ -462,12 +485,12 @@ class Network:
             self.at(0, rank, lambda: rank.came(to, letter))
             return
         if to in self.known_dead:
-            source.pool.drop(letter)
+            source.desk.sent(letter)
             return
         delay_s = draw.uniform(0, LONG_S) if draw.random() < self.scene.late else draw.random() / 5
         if draw.random() < 0.5:  # small ones leave at once, and may arrive after a death
             data = all_bytes(letter).copy()
-            source.pool.drop(letter)
+            source.desk.sent(letter)
             self.at(delay_s, rank, lambda: self._deliver(source, rank, data))
         else:
             self.at(delay_s, rank, lambda: self._fetch(source, rank, letter), (source, letter))
@@ -476,7 +499,7 @@ class Network:
         if source.dead:
             return
         data = all_bytes(letter).copy()
-        source.pool.drop(letter)
+        source.desk.sent(letter)
         self._deliver(source, rank, data)
 
     def _deliver(self, source: Rank, rank: Rank, data: np.ndarray) -> None:
@@ -500,7 +523,7 @@ class Network:
         if event.letter:
             source, letter = event.letter
             if self.scene.tells:
-                source.pool.drop(letter)
+                source.desk.sent(letter)
             else:
                 self.stuck[source].add(letter)
 
@@ -528,14 +551,16 @@ class Network:
 
 
 SCENES = [
-    Scene("calm", 1000, workers=4, late=0.0, slow=0.05, stalls=0.0),
+    Scene("calm", 1000, workers=4, late=0.0, slow=0.05, stalls=0.0, near=True),
     Scene("one root", 2500, workers=3),
-    Scene("many late", 1000, workers=3, late=0.1, stalls=0.01),
+    Scene("many late", 1000, workers=3, late=0.1, stalls=0.01, near=True),
     Scene("three roots", 500, workers=4, roots=3, columns=3, late=0.03),
     Scene("dedicated", 1000, workers=3, dedicated=True, blocks=7),
-    Scene("two dedicated", 1000, workers=2, roots=2, dedicated=True, columns=3, late=0.03),
-    Scene("odd", 500, workers=5, blocks=13, copies=3, columns=1, slow=0.3),
-    Scene("deaths", 500, workers=6, copies=3, deaths=2, blocks=9, slow=0.3),
+    Scene(
+        "two dedicated", 1000, workers=2, roots=2, dedicated=True, columns=3, late=0.03, near=True
+    ),
+    Scene("odd", 500, workers=5, blocks=13, copies=3, columns=1, slow=0.3, near=True),
+    Scene("deaths", 500, workers=6, copies=3, deaths=2, blocks=9, slow=0.3, near=True),
     Scene("silent deaths", 1000, workers=4, copies=3, deaths=2, tells=False, roots=2, blocks=6),
     Scene("evaluations", 1000, workers=3, roots=2, evaluations=3, stalls=0.02, late=0.02),
 ]
@@ -551,9 +576,13 @@ def test_every_result_is_the_canonical_sum(scene: Scene) -> None:
         assert rank.worker.ended is not None
         assert rank.step > scene.steps - 20
         # Nothing is lost, and nothing kept that nobody needs.
-        assert rank.pool.held == {*rank.in_use()} | network.stuck[rank]
+        lent = rank.lent()
+        assert rank.pool.held == {*rank.in_use(), *lent.values()} | network.stuck[rank]
+        borrowed = set().union(*(root.borrowed() for root in network.ranks if not root.dead))
+        assert {(rank.number, place) for place in lent} <= borrowed
         assert rank.pool.peak_bytes < 1.5 * rank.early_bytes + 1000
     assert sum(rank.dead for rank in network.ranks) == scene.deaths
     moves = sum(rank.moves for rank in network.ranks)
     assert moves == 0 if scene.name == "calm" else moves > 0
+    assert any(rank.lending and rank.lending._seen for rank in network.ranks) == scene.near
     print(f"{network.now_s:.0f} s, {moves} moves")
