@@ -56,12 +56,12 @@ class Kind(IntEnum):
     """The run is over; behind it, the ranks that are dead."""
     BEAT = 14
     """The sender lives. lo: the rank that it is for."""
+    BEHIND = 16
+    """The sender has no results of round `round` any more, which rank lo has begun only now."""
     LENT = 17
     """A cell lies in the sender's arena, from byte lo on, of hi bytes; see `lending`."""
     BACK = 18
     """The cell that begins at byte lo of the receiver's arena is not needed any more."""
-    BEHIND = 16
-    """The sender has no results of round `round` any more, which rank lo has begun only now."""
 
 
 _OF_ANY_SIZE = frozenset((Kind.STATE, Kind.OVER, Kind.ORDER, Kind.LAYOUT))
@@ -80,8 +80,8 @@ class Buffer:
     """
 
     __slots__ = (
-        *("_floats", "_words", "cached", "give_back", "holders", "is_shared", "mpi", "payload"),
-        "whole",
+        *("_floats", "_words", "cached", "give_back", "holders"),
+        *("is_shared", "mpi", "payload", "whole"),
     )
 
     def __init__(
@@ -195,9 +195,7 @@ class Pool:
         with self._lock:
             free = self._free[payload_bytes]
             if free:
-                buffer = free.pop()
-                buffer.holders = 1
-                return buffer
+                return _held_once(free.pop())
             self.made_bytes += HEADER_BYTES + payload_bytes
         return Buffer(self._allocate(HEADER_BYTES + payload_bytes))
 
@@ -206,9 +204,7 @@ class Pool:
         with self._lock:
             free = self._shared[payload_bytes]
             if free:
-                buffer = free.pop()
-                buffer.holders = 1
-                return buffer
+                return _held_once(free.pop())
             memory = self._share(HEADER_BYTES + payload_bytes)
             if memory is not None:
                 return Buffer(memory, is_shared=True)
@@ -230,21 +226,29 @@ class Pool:
             assert buffer.holders >= 0
             if buffer.holders:
                 return
-            if buffer.give_back:
-                pass
-            elif buffer.is_shared:
-                self._shared[buffer.payload.numel()].append(buffer)
-            elif buffer.is_unique:
-                self.made_bytes -= buffer.whole.numel()
-            else:
-                self._free[buffer.payload.numel()].append(buffer)
+            if buffer.give_back is None:
+                self._keep(buffer)
         if buffer.give_back:
             buffer.give_back()
+
+    def _keep(self, buffer: Buffer) -> None:
+        """Have the memory be used again, if it may be of the size that others need."""
+        if buffer.is_shared:
+            self._shared[buffer.payload.numel()].append(buffer)
+        elif buffer.is_unique:
+            self.made_bytes -= buffer.whole.numel()
+        else:
+            self._free[buffer.payload.numel()].append(buffer)
 
     def hold(self, buffer: Buffer, times: int = 1) -> None:
         """So many more need it."""
         with self._lock:
             buffer.holders += times
+
+
+def _held_once(buffer: Buffer) -> Buffer:
+    buffer.holders = 1
+    return buffer
 
 
 def content(buffer: Buffer) -> bytes:

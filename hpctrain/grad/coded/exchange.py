@@ -221,7 +221,7 @@ class Coded:
         if not all(are_here) or max(sizes) < LEAST_BYTES:
             return None
         parts = shared_arenas(self.engine, sizes)
-        return Arena(world.rank, parts) if parts else None
+        return Arena(world.rank, parts, LEAST_BYTES) if parts else None
 
     # ------------------------------------------------------------------ a step
 

@@ -34,9 +34,7 @@ class Arena:
         least_bytes: smaller pieces are not given out.
     """
 
-    def __init__(
-        self, rank: int, parts: Mapping[int, torch.Tensor], least_bytes: int = LEAST_BYTES
-    ) -> None:
+    def __init__(self, rank: int, parts: Mapping[int, torch.Tensor], least_bytes: int) -> None:
         self.rank = rank
         self.parts = parts
         self._mine = parts[rank]

@@ -34,6 +34,7 @@ from hpctrain.grad.coded import exchange
 from hpctrain.grad.coded.assignment import PLACEMENTS, place
 from hpctrain.grad.coded.config import CodedConfig, LostError
 from hpctrain.grad.coded.exchange import Coded
+from hpctrain.grad.coded.lending import ROUNDS
 from hpctrain.trace import now_s
 from hpctrain.world import World
 
@@ -64,6 +65,20 @@ def test_gradients_have_the_bits_of_one_process(world: World, name: str) -> None
 
 def simple(name: str) -> bool:
     return name not in OF_ITS_OWN and not name.startswith("parameters")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_that_are_lent_have_the_same_bits(
+    world: World, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By workers to the root, each on this node; more steps than an arena has room for."""
+    monkeypatch.setattr(exchange, "LEAST_BYTES", 1)
+    run = Run(world, make(name), root="working", copies=world.size)
+    run.to(3 * ROUNDS)
+    lending = run.coded._desk._lending
+    assert (lending is not None) == (world.size > 1)
+    if lending and world.is_root:
+        assert {source for source, _ in lending._seen} == {*range(1, world.size)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

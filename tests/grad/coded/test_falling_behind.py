@@ -18,9 +18,16 @@ from grad.coded.side_by_side import (
     make,
 )
 
+from hpctrain.grad.coded import exchange
 from hpctrain.world import World
 
 pytestmark = pytest.mark.mpi
+
+
+@pytest.fixture(autouse=True)
+def lends_also_what_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exchange, "LEAST_BYTES", 1)
+
 
 # ---------------------------------------------------------------------- ranks that are late
 
