@@ -11,7 +11,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from enum import IntEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -59,12 +59,21 @@ class Kind(IntEnum):
     BEHIND = 16
     """The sender has no results of round `round` any more, which rank lo has begun only now."""
     LENT = 17
-    """A cell lies in the sender's arena, from byte lo on, of hi bytes; see `lending`."""
+    """A message of hi bytes lies in the arena of rank `column`, from byte lo on; see `lending`."""
     BACK = 18
-    """The cell that begins at byte lo of the receiver's arena is not needed any more."""
+    """What was lent at byte lo of the arena of rank `column` is not needed any more."""
 
 
 _OF_ANY_SIZE = frozenset((Kind.STATE, Kind.OVER, Kind.ORDER, Kind.LAYOUT))
+
+
+class Place(NamedTuple):
+    """Where a buffer lies in memory that all ranks of a node can use; see `lending`."""
+
+    rank: int
+    """Whose part of it."""
+    begin: int
+    """First byte there."""
 
 
 class Buffer:
@@ -74,20 +83,20 @@ class Buffer:
         whole: all bytes.
         payload: the bytes behind the header.
         holders: how many still need it; see `Pool`.
-        is_shared: whether other ranks of the node can use its memory.
+        place: where other ranks of the node find it, if they can use its memory.
         give_back: called when nobody holds it any more, if it belongs to another rank.
         cached: what others keep with the memory, such as views of it.
     """
 
     __slots__ = (
         *("_floats", "_words", "cached", "give_back", "holders"),
-        *("is_shared", "mpi", "payload", "whole"),
+        *("mpi", "payload", "place", "whole"),
     )
 
     def __init__(
         self,
         whole: torch.Tensor,
-        is_shared: bool = False,
+        place: Place | None = None,
         give_back: Callable[[], object] | None = None,
     ) -> None:
         self.whole = whole
@@ -96,7 +105,7 @@ class Buffer:
         self._floats = self._words.view(np.float64)
         self.mpi = buffer_of(whole)
         self.holders = 1
-        self.is_shared = is_shared
+        self.place = place
         self.give_back = give_back
         self.cached: dict[Any, Any] = {}
 
@@ -175,13 +184,13 @@ class Pool:
 
     Args:
         allocate: makes host memory of so many bytes; pinned for gradients on a device.
-        share: makes memory that other ranks of the node can use, while there is some.
+        share: makes a buffer that other ranks of the node can use, while there is memory for it.
     """
 
     def __init__(
         self,
         allocate: Callable[[int], torch.Tensor] | None = None,
-        share: Callable[[int], torch.Tensor | None] = lambda nbytes: None,
+        share: Callable[[int], Buffer | None] = lambda nbytes: None,
     ) -> None:
         self._allocate = allocate or (lambda nbytes: torch.empty(nbytes, dtype=torch.uint8))
         self._share = share
@@ -205,10 +214,8 @@ class Pool:
             free = self._shared[payload_bytes]
             if free:
                 return _held_once(free.pop())
-            memory = self._share(HEADER_BYTES + payload_bytes)
-            if memory is not None:
-                return Buffer(memory, is_shared=True)
-        return self.take(payload_bytes)
+            buffer = self._share(HEADER_BYTES + payload_bytes)
+        return buffer or self.take(payload_bytes)
 
     def message(
         self, kind: Kind, round_: int, lo: int = 0, hi: int = 0, column: int = 0, data: bytes = b""
@@ -233,7 +240,7 @@ class Pool:
 
     def _keep(self, buffer: Buffer) -> None:
         """Have the memory be used again, if it may be of the size that others need."""
-        if buffer.is_shared:
+        if buffer.place:
             self._shared[buffer.payload.numel()].append(buffer)
         elif buffer.is_unique:
             self.made_bytes -= buffer.whole.numel()

@@ -136,7 +136,7 @@ class Desk:
                 self._pool.drop(letter)
         elif kind is Kind.BACK:
             assert self._lending
-            self._lending.came_back(letter)
+            self._lending.came_back(source, letter)
         elif kind is Kind.LAYOUT:
             self.layout = self.layout or content(letter)
             self._pool.drop(letter)
@@ -151,6 +151,8 @@ class Desk:
 
     def died(self, rank: int) -> None:
         """A rank is dead."""
+        if self._lending:
+            self._lending.died(rank)
         if self._coordinator:
             self._coordinator.died(rank)
         elif rank in self._roots and not self.is_closed:

@@ -181,17 +181,16 @@ class Coded:
         self.mailbox = Mailbox(self.engine, self._desk, LISTEN_S)
         post = self.mailbox.send
         lending = Lending(arena, pool, post) if arena else None
+        give = lending.post if lending else post
         index = hands.workers.index(rank) if rank in hands.workers else -1
         holds_back = not config.deadline_s  # else what is held back would be missing then
-        self.worker = Worker(
-            lending.post if lending else post, pool, hands.roots, self._scheme, index, holds_back
-        )
+        self.worker = Worker(give, pool, hands.roots, self._scheme, index, holds_back)
         if index >= 0:
             self.worker.own = self._scheme.own(index)
         self.aggregator: Aggregator | None = None
         if rank in hands.roots:
             self.aggregator = Aggregator(
-                *(rank, hands.workers, post, pool, self._scheme, self.samples),
+                *(rank, hands.workers, give, pool, self._scheme, self.samples),
                 config.deadline_s,
             )
         self.coordinator: Coordinator | None = None
@@ -214,7 +213,7 @@ class Coded:
         self.mailbox.open()
 
     def _open_arena(self, device: Device | None) -> Arena | None:
-        """Memory to lend gradients on the host to roots of the same node. Collective."""
+        """Memory to lend gradients on the host in, on the node of a root. Collective."""
         world, hands = self.world, self.hands
         sizes = arena_sizes(self.module, world.nodes, hands.roots, hands.workers)
         are_here = all_gather(self.engine.control, device is None, label="where gradients are")

@@ -1,10 +1,11 @@
-"""Cells that are not sent: a root on the same node reads them where they lie.
+"""Gradients that are not sent: ranks of a root's node read them where they lie.
 
 Each worker that shares a node with a root has an *arena*, memory that all ranks of it can use.
 A cell that was made there is lent: what travels is the place where it lies. The root may add others
-to it, keep it as long as it likes, and says when it needs it no more. A rank that dies leaves its
-arena to those who still read in it. A root that never gives anything back costs memory only: where
-the arena is used up, cells are made elsewhere, and sent.
+to it, keep it as long as it likes, and says when it needs it no more. A result that lies in an
+arena is lent as well, to be copied. A rank that dies leaves its arena to those who still read in
+it. Who never gives anything back costs memory only: where the arena is used up, cells are made
+elsewhere, and sent.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 
 from hpctrain.comm.memory import aligned
-from hpctrain.grad.coded.cells import HEADER_BYTES, Buffer, Kind, Pool
+from hpctrain.grad.coded.cells import HEADER_BYTES, Buffer, Kind, Place, Pool
 from hpctrain.grad.coded.worker import Post
 
 LEAST_BYTES = 1 << 15
@@ -41,36 +42,32 @@ class Arena:
         self._least_bytes = least_bytes
         self._used = 0
 
-    def carve(self, nbytes: int) -> torch.Tensor | None:
+    def carve(self, nbytes: int) -> Buffer | None:
         """A piece that nobody has had yet, or None if the arena is used up."""
         begin, end = self._used, self._used + nbytes
         if nbytes < self._least_bytes or end > self._mine.numel():
             return None
         self._used = aligned(end)
-        return self._mine[begin:end]
-
-    def place_of(self, buffer: Buffer) -> int:
-        """Where in this rank's memory a buffer begins that was carved from it."""
-        return buffer.whole.data_ptr() - self._mine.data_ptr()
+        return Buffer(self._mine[begin:end], Place(self.rank, begin))
 
 
 def arena_sizes(
     module: nn.Module, nodes: Sequence[Sequence[int]], roots: Sequence[int], workers: Sequence[int]
 ) -> list[int]:
-    """How many bytes each rank should have to lend: none where there is no root to lend to."""
+    """How many bytes each rank should have to lend: none where there is no root, or nobody else."""
     elements = sum(p.numel() + 1 for p in module.parameters() if p.requires_grad)
     widest = max((p.element_size() for p in module.parameters()), default=0)
     nbytes = int(1.02 * ROUNDS * elements * max(4, widest)) + 64 * HEADER_BYTES
     sizes = [0] * sum(map(len, nodes))
     for ranks in nodes:
-        for rank in ranks:
-            if rank in workers and any(root in ranks and root != rank for root in roots):
+        if len(ranks) > 1 and not {*roots}.isdisjoint(ranks):
+            for rank in {*workers}.intersection(ranks):
                 sizes[rank] = nbytes
     return sizes
 
 
 class Lending:
-    """Lends this rank's cells, and borrows those of others. For any thread.
+    """Lends what lies in arenas, and borrows what others lend. For any thread.
 
     Args:
         arena: memory of the ranks of this node.
@@ -82,38 +79,58 @@ class Lending:
         self._arena = arena
         self._pool = pool
         self._send = send
-        self._lent: dict[int, Buffer] = {}
-        self._seen: dict[tuple[int, int], Buffer] = {}
-        """Buffers over the memory of others, with the views of it that they keep."""
+        self._lent: dict[tuple[int, Place], Buffer] = {}
+        """What each rank has."""
+        self._seen: dict[tuple[int, Place], Buffer] = {}
+        """Buffers over memory that was lent, by lender, with the views of it that they keep."""
+        self._ranks = {*arena.parts} - {arena.rank}
+        """Who can be lent something."""
 
     def post(self, rank: int, buffer: Buffer) -> None:
-        """Lend a cell to a root, if it can be; else send it. As `Post`, it takes the cell over."""
-        arena = self._arena
-        if not buffer.is_shared or rank == arena.rank or rank not in arena.parts:
+        """Lend it, if it can be; else send it. As `Post`, it takes the buffer over."""
+        place = buffer.place
+        if place is None or rank not in self._ranks:
             self._send(rank, buffer)
             return
-        place = arena.place_of(buffer)
-        self._lent[place] = buffer
+        self._lent[rank, place] = buffer
         # The message that tells of it is also what orders memory: who has it sees what was written.
         nbytes = buffer.whole.numel()
-        self._send(rank, self._pool.message(Kind.LENT, buffer.round, place, nbytes))
+        note = self._pool.message(Kind.LENT, buffer.round, place.begin, nbytes, place.rank)
+        self._send(rank, note)
 
     def borrow(self, source: int, note: Buffer) -> Buffer:
-        """The cell of which another rank says where it lies."""
-        place, nbytes = note.lo, note.hi
+        """What another rank has lent; a copy if it is a result, which this rank may change."""
+        place, nbytes = Place(note.column, note.lo), note.hi
         self._pool.drop(note)
         buffer = self._seen.get((source, place))
         if buffer is None:
-            memory = self._arena.parts[source][place : place + nbytes]
+            memory = self._arena.parts[place.rank][place.begin : place.begin + nbytes]
             back = partial(self._give_back, source, place)
-            buffer = self._seen[source, place] = Buffer(memory, give_back=back)
+            buffer = self._seen[source, place] = Buffer(memory, place, back)
         buffer.holders = 1
-        return buffer
+        if buffer.kind is not Kind.RESULT:
+            return buffer
+        copy = self._pool.take(buffer.payload.numel())
+        copy.whole.copy_(buffer.whole)
+        self._pool.drop(buffer)
+        return copy
 
-    def came_back(self, note: Buffer) -> None:
-        """A root needs a cell of this rank no more."""
-        self._pool.drop(self._lent.pop(note.lo))
+    def came_back(self, source: int, note: Buffer) -> None:
+        """A rank needs no more what it was lent."""
+        self._end(source, Place(note.column, note.lo))
         self._pool.drop(note)
 
-    def _give_back(self, source: int, place: int) -> None:
-        self._send(source, self._pool.message(Kind.BACK, 0, place))
+    def died(self, rank: int) -> None:
+        """It needs nothing any more."""
+        self._ranks.discard(rank)
+        for borrower, place in list(self._lent):
+            if borrower == rank:
+                self._end(rank, place)
+
+    def _end(self, rank: int, place: Place) -> None:
+        buffer = self._lent.pop((rank, place), None)  # which it may have given back before it died
+        if buffer:
+            self._pool.drop(buffer)
+
+    def _give_back(self, source: int, place: Place) -> None:
+        self._send(source, self._pool.message(Kind.BACK, 0, place.begin, column=place.rank))

@@ -22,7 +22,7 @@ import torch
 
 from hpctrain.grad.coded.aggregator import Aggregator
 from hpctrain.grad.coded.assignment import place
-from hpctrain.grad.coded.cells import HEADER_BYTES, Buffer, Kind, Pool, content
+from hpctrain.grad.coded.cells import HEADER_BYTES, Buffer, Kind, Place, Pool, content
 from hpctrain.grad.coded.collecting import WholeSum
 from hpctrain.grad.coded.coordinator import Coordinator, Silence, evaluation_assignment
 from hpctrain.grad.coded.desk import Desk
@@ -130,7 +130,7 @@ def poisoned(nbytes: int) -> torch.Tensor:
 class PoisonedPool(Pool):
     """What it is given back is NaN from then on, its header too."""
 
-    def __init__(self, share: Callable[[int], torch.Tensor | None] | None = None) -> None:
+    def __init__(self, share: Callable[[int], Buffer | None] | None = None) -> None:
         super().__init__(poisoned, share or (lambda nbytes: None))
         self.held: set[Buffer] = set()
         self.peak_bytes = 0
@@ -151,6 +151,8 @@ class PoisonedPool(Pool):
         if buffer.holders == 0:
             if not buffer.give_back:
                 self.held.remove(buffer)
+            elif buffer.kind is Kind.RESULT:
+                return  # which others still read
             all_bytes(buffer).fill(255)
 
 
@@ -219,8 +221,8 @@ class Rank:
         post = self.post = self.outbox.send
         scheme = Scheme(network.assignment, "spread")
         self.lending = Lending(arena, self.pool, post) if arena else None
-        send = self.lending.post if self.lending else post
-        self.worker = Worker(send, self.pool, self.roots, scheme, self.index)
+        give = self.lending.post if self.lending else post
+        self.worker = Worker(give, self.pool, self.roots, scheme, self.index)
         if self.index >= 0:
             self.worker.own = network.assignment.owned(self.index)
         self.aggregator: Aggregator | None = None
@@ -228,7 +230,7 @@ class Rank:
         if number in self.roots:
             blocks = network.assignment.blocks
             self.aggregator = Aggregator(
-                number, self.workers, post, self.pool, scheme, (1,) * blocks
+                number, self.workers, give, self.pool, scheme, (1,) * blocks
             )
         if number == 0:
             self.coordinator = Coordinator(
@@ -420,13 +422,13 @@ class Rank:
             found += [letter for _, letter in self.coordinator._early]
         return [buffer for buffer in found if not buffer.give_back]
 
-    def borrowed(self) -> set[tuple[int, int]]:
-        """Of whom, and from where on, it still has cells."""
+    def borrowed(self) -> set[tuple[int, Place]]:
+        """Of whom it still has cells, and which."""
         seen = self.lending._seen.items() if self.lending else ()
         return {key for key, buffer in seen if buffer.holders}
 
-    def lent(self) -> dict[int, Buffer]:
-        """Cells that a root has, by their place."""
+    def lent(self) -> dict[tuple[int, Place], Buffer]:
+        """What others have, by rank and place."""
         return self.lending._lent if self.lending else {}
 
 
@@ -578,8 +580,9 @@ def test_every_result_is_the_canonical_sum(scene: Scene) -> None:
         # Nothing is lost, and nothing kept that nobody needs.
         lent = rank.lent()
         assert rank.pool.held == {*rank.in_use(), *lent.values()} | network.stuck[rank]
-        borrowed = set().union(*(root.borrowed() for root in network.ranks if not root.dead))
-        assert {(rank.number, place) for place in lent} <= borrowed
+        for borrower, where in lent:
+            assert (rank.number, where) in network.ranks[borrower].borrowed()
+            assert not network.ranks[borrower].dead
         assert rank.pool.peak_bytes < 1.5 * rank.early_bytes + 1000
     assert sum(rank.dead for rank in network.ranks) == scene.deaths
     moves = sum(rank.moves for rank in network.ranks)
