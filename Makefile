@@ -7,6 +7,9 @@ VENV_MPICH ?= .venv-mpich
 ARGS ?=
 # One rank a core, at least two.
 NP ?= $(shell $(PYTHON) -c "import os; print(max(2, len(os.sched_getaffinity(0))))")
+# Numbers of ranks that tests run on, with Open MPI and with MPICH.
+TEST_RANKS ?= 2 3 4
+TEST_RANKS_MPICH ?= $(TEST_RANKS)
 PIP = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 # Open MPI refuses to run as root, as one is in a container, and to start more ranks than there
@@ -44,7 +47,7 @@ $(VENV_MPICH)/.test: $(VENV)/.test
 
 test-openmpi: $(VENV)/.test
 	$(VENV)/bin/python -m pytest -m "not mpi and not slow"
-	for n in 2 3 4; do \
+	for n in $(TEST_RANKS); do \
 	  $(VENV)/bin/mpiexec -n $$n $(VENV)/bin/python -m pytest --quiet --with-mpi -m "mpi and not slow" || exit 1; \
 	done
 	for n in 1 5 6; do \
@@ -53,7 +56,7 @@ test-openmpi: $(VENV)/.test
 
 test-mpich: $(VENV_MPICH)/.test
 	$(VENV_MPICH)/bin/python -m pytest -m "launch and not slow and not any_mpi"
-	for n in 2 3 4; do \
+	for n in $(TEST_RANKS_MPICH); do \
 	  $(VENV_MPICH)/bin/mpiexec -n $$n $(VENV_MPICH)/bin/python -m pytest --quiet --with-mpi -m "mpi and not slow" || exit 1; \
 	done
 	for n in 1 5 6; do \

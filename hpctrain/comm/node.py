@@ -177,7 +177,12 @@ def _allocate(
         otherwise: what else the user may do if it cannot be had.
     """
     world = engine.world
-    if not _agreed(engine, lacking_room(1, sum(sizes)), otherwise):
+    reason = lacking_room(1, sum(sizes))
+    if _windows and any(all_gather(engine.control, reason, label="node-shared memory")):
+        gc.collect()  # models are full of reference cycles
+        _free_unused(engine)
+        reason = lacking_room(1, sum(sizes))
+    if not _agreed(engine, reason, otherwise):
         return None
     win: MPI.Win | None = None
     tensors: list[torch.Tensor] = []

@@ -67,7 +67,7 @@ class Kind(IntEnum):
 _OF_ANY_SIZE = frozenset((Kind.STATE, Kind.OVER, Kind.ORDER, Kind.LAYOUT))
 
 
-class Place(NamedTuple):
+class Spot(NamedTuple):
     """Where a buffer lies in memory that all ranks of a node can use; see `lending`."""
 
     rank: int
@@ -83,20 +83,20 @@ class Buffer:
         whole: all bytes.
         payload: the bytes behind the header.
         holders: how many still need it; see `Pool`.
-        place: where other ranks of the node find it, if they can use its memory.
+        spot: where other ranks of the node find it, if they can use its memory.
         give_back: called when nobody holds it any more, if it belongs to another rank.
         cached: what others keep with the memory, such as views of it.
     """
 
     __slots__ = (
         *("_floats", "_words", "cached", "give_back", "holders"),
-        *("mpi", "payload", "place", "whole"),
+        *("mpi", "payload", "spot", "whole"),
     )
 
     def __init__(
         self,
         whole: torch.Tensor,
-        place: Place | None = None,
+        spot: Spot | None = None,
         give_back: Callable[[], object] | None = None,
     ) -> None:
         self.whole = whole
@@ -105,7 +105,7 @@ class Buffer:
         self._floats = self._words.view(np.float64)
         self.mpi = buffer_of(whole)
         self.holders = 1
-        self.place = place
+        self.spot = spot
         self.give_back = give_back
         self.cached: dict[Any, Any] = {}
 
@@ -190,10 +190,10 @@ class Pool:
     def __init__(
         self,
         allocate: Callable[[int], torch.Tensor] | None = None,
-        share: Callable[[int], Buffer | None] = lambda nbytes: None,
+        share: Callable[[int], Buffer | None] | None = None,
     ) -> None:
         self._allocate = allocate or (lambda nbytes: torch.empty(nbytes, dtype=torch.uint8))
-        self._share = share
+        self._share = share or (lambda nbytes: None)
         self._free: dict[int, list[Buffer]] = defaultdict(list)
         self._shared: dict[int, list[Buffer]] = defaultdict(list)
         self._lock = threading.Lock()
@@ -240,7 +240,7 @@ class Pool:
 
     def _keep(self, buffer: Buffer) -> None:
         """Have the memory be used again, if it may be of the size that others need."""
-        if buffer.place:
+        if buffer.spot:
             self._shared[buffer.payload.numel()].append(buffer)
         elif buffer.is_unique:
             self.made_bytes -= buffer.whole.numel()

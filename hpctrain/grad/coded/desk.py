@@ -72,6 +72,8 @@ class Desk:
         self.layout: bytes | None = None
         self.is_closed = False
         self._dead_root: int | None = None
+        self._quiet_ticks = 0
+        """How often there was a tick since a message came."""
         self._heard_s = dict.fromkeys(range(ranks), now())
         self._beaten_s = 0.0
         self._ticked_s = now()
@@ -93,7 +95,8 @@ class Desk:
 
     def lost_root(self) -> str | None:
         """What is wrong with a root other than this rank."""
-        if self._dead_root is not None:
+        # What a dead root has sent may lie there still: a whole poll must have found nothing.
+        if self._dead_root is not None and self._quiet_ticks > 1:
             return f"rank {self._dead_root}, which adds up gradients, is dead"
         for root in self._roots:
             if root != self._rank and self._now() - self._heard_s[root] > self._root_lost_s:
@@ -119,10 +122,11 @@ class Desk:
     def came(self, source: int, letter: Any) -> None:
         """A message is there."""
         kind = letter.kind
+        self._quiet_ticks = 0
         self._heard_s[source] = self._now()
         if kind is Kind.LENT:
             assert self._lending
-            letter = self._lending.borrow(source, letter)
+            letter = self._lending.fetch(source, letter)
             kind = letter.kind
         if kind is Kind.CELL:
             assert self._aggregator
@@ -151,7 +155,7 @@ class Desk:
 
     def died(self, rank: int) -> None:
         """A rank is dead."""
-        if self._lending:
+        if self._lending and rank not in self._roots:  # which may have lent it on
             self._lending.died(rank)
         if self._coordinator:
             self._coordinator.died(rank)
@@ -160,6 +164,7 @@ class Desk:
 
     def tick(self, now: float) -> None:
         """Look at the clock: say that this rank lives, and see whether others need help."""
+        self._quiet_ticks += 1
         if self._coordinator:
             self._coordinator.tick(now)
         if self._aggregator:

@@ -42,7 +42,7 @@ _log = logging.getLogger("hpctrain")
 
 WAIT_S = 5e-4
 """Longest sleep between two polls of a rank that waits."""
-LISTEN_S = 2e-2
+LISTEN_S = 1e-2
 """How late a rank that computes may hear that a data block is not needed any more. Shorter, and
 listening costs all ranks more than what is computed in vain costs a few."""
 
@@ -144,7 +144,7 @@ class Coded:
         device = device_of(module)
         arena = self._open_arena(device)
         pool = self._pool = Pool(
-            device.host_memory if device else None, *([arena.carve] if arena else [])
+            device.host_memory if device else None, arena.carve if arena else None
         )
         self.step_number = 0
         """Steps done, by the run as a whole."""
@@ -181,7 +181,7 @@ class Coded:
         self.mailbox = Mailbox(self.engine, self._desk, LISTEN_S)
         post = self.mailbox.send
         lending = Lending(arena, pool, post) if arena else None
-        give = lending.post if lending else post
+        give = lending.lend_or_send if lending else post
         index = hands.workers.index(rank) if rank in hands.workers else -1
         holds_back = not config.deadline_s  # else what is held back would be missing then
         self.worker = Worker(give, pool, hands.roots, self._scheme, index, holds_back)
@@ -217,7 +217,8 @@ class Coded:
         world, hands = self.world, self.hands
         sizes = arena_sizes(self.module, world.nodes, hands.roots, hands.workers)
         are_here = all_gather(self.engine.control, device is None, label="where gradients are")
-        if not all(are_here) or max(sizes) < LEAST_BYTES:
+        # What is voted on must not lie where a voter may change it.
+        if not all(are_here) or max(sizes) < LEAST_BYTES or self.config.sends == "vote":
             return None
         parts = shared_arenas(self.engine, sizes)
         return Arena(world.rank, parts, LEAST_BYTES) if parts else None

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from hpctrain.comm.memory import aligned
-from hpctrain.grad.coded.cells import HEADER_BYTES, Buffer, Kind, Place, Pool
+from hpctrain.grad.coded.cells import HEADER_BYTES, Buffer, Kind, Pool, Spot
 from hpctrain.grad.coded.worker import Post
 
 LEAST_BYTES = 1 << 15
@@ -48,7 +48,7 @@ class Arena:
         if nbytes < self._least_bytes or end > self._mine.numel():
             return None
         self._used = aligned(end)
-        return Buffer(self._mine[begin:end], Place(self.rank, begin))
+        return Buffer(self._mine[begin:end], Spot(self.rank, begin))
 
 
 def arena_sizes(
@@ -67,7 +67,7 @@ def arena_sizes(
 
 
 class Lending:
-    """Lends what lies in arenas, and borrows what others lend. For any thread.
+    """Lends what lies in arenas, and uses what others lend. For any thread.
 
     Args:
         arena: memory of the ranks of this node.
@@ -79,58 +79,59 @@ class Lending:
         self._arena = arena
         self._pool = pool
         self._send = send
-        self._lent: dict[tuple[int, Place], Buffer] = {}
+        self._lent: dict[tuple[int, Spot], Buffer] = {}
         """What each rank has."""
-        self._seen: dict[tuple[int, Place], Buffer] = {}
+        self._seen: dict[tuple[int, Spot], Buffer] = {}
         """Buffers over memory that was lent, by lender, with the views of it that they keep."""
         self._ranks = {*arena.parts} - {arena.rank}
         """Who can be lent something."""
 
-    def post(self, rank: int, buffer: Buffer) -> None:
+    def lend_or_send(self, rank: int, buffer: Buffer) -> None:
         """Lend it, if it can be; else send it. As `Post`, it takes the buffer over."""
-        place = buffer.place
-        if place is None or rank not in self._ranks:
+        spot = buffer.spot
+        if spot is None or rank not in self._ranks:
             self._send(rank, buffer)
             return
-        self._lent[rank, place] = buffer
-        # The message that tells of it is also what orders memory: who has it sees what was written.
+        self._lent[rank, spot] = buffer
         nbytes = buffer.whole.numel()
-        note = self._pool.message(Kind.LENT, buffer.round, place.begin, nbytes, place.rank)
+        # The note is also what orders memory: who has it sees what was written before.
+        note = self._pool.message(Kind.LENT, buffer.round, spot.begin, nbytes, spot.rank)
         self._send(rank, note)
 
-    def borrow(self, source: int, note: Buffer) -> Buffer:
-        """What another rank has lent; a copy if it is a result, which this rank may change."""
-        place, nbytes = Place(note.column, note.lo), note.hi
+    def fetch(self, source: int, note: Buffer) -> Buffer:
+        """What another rank has lent: a cell itself, a result as a copy, which may be changed."""
+        spot, nbytes = Spot(note.column, note.lo), note.hi
         self._pool.drop(note)
-        buffer = self._seen.get((source, place))
+        buffer = self._seen.get((source, spot))
         if buffer is None:
-            memory = self._arena.parts[place.rank][place.begin : place.begin + nbytes]
-            back = partial(self._give_back, source, place)
-            buffer = self._seen[source, place] = Buffer(memory, place, back)
+            memory = self._arena.parts[spot.rank][spot.begin : spot.begin + nbytes]
+            back = partial(self._give_back, source, spot)
+            buffer = self._seen[source, spot] = Buffer(memory, spot, back)
+        if buffer.kind is Kind.RESULT:
+            copy = self._pool.take(buffer.payload.numel())
+            copy.whole.copy_(buffer.whole)
+            self._give_back(source, spot)
+            return copy
         buffer.holders = 1
-        if buffer.kind is not Kind.RESULT:
-            return buffer
-        copy = self._pool.take(buffer.payload.numel())
-        copy.whole.copy_(buffer.whole)
-        self._pool.drop(buffer)
-        return copy
+        return buffer
 
     def came_back(self, source: int, note: Buffer) -> None:
         """A rank needs no more what it was lent."""
-        self._end(source, Place(note.column, note.lo))
+        self._end(source, Spot(note.column, note.lo))
         self._pool.drop(note)
 
     def died(self, rank: int) -> None:
-        """It needs nothing any more."""
+        """A rank that lends nothing on is dead: it needs nothing any more."""
         self._ranks.discard(rank)
-        for borrower, place in list(self._lent):
+        for borrower, spot in list(self._lent):
             if borrower == rank:
-                self._end(rank, place)
+                self._end(rank, spot)
 
-    def _end(self, rank: int, place: Place) -> None:
-        buffer = self._lent.pop((rank, place), None)  # which it may have given back before it died
+    def _end(self, rank: int, spot: Spot) -> None:
+        buffer = self._lent.pop((rank, spot), None)  # which it may have given back before it died
         if buffer:
             self._pool.drop(buffer)
 
-    def _give_back(self, source: int, place: Place) -> None:
-        self._send(source, self._pool.message(Kind.BACK, 0, place.begin, column=place.rank))
+    def _give_back(self, source: int, spot: Spot) -> None:
+        # To make the message takes the pool's lock, behind which nothing is read that was lent.
+        self._send(source, self._pool.message(Kind.BACK, 0, spot.begin, column=spot.rank))

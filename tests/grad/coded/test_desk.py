@@ -146,6 +146,7 @@ def test_a_root_that_is_silent_or_dead() -> None:
     assert bench.desk.lost_root() == "rank 1, which adds up gradients, is silent"
     bench.desk.died(3)
     bench.desk.died(0)
+    bench.to(bench.now_s + BEAT_S)
     assert bench.desk.lost_root() == "rank 0, which adds up gradients, is dead"
 
 
@@ -174,3 +175,47 @@ def test_a_root_that_leaves_after_the_end_is_not_missed() -> None:
     bench.desk.is_closed = True
     bench.desk.died(0)
     assert bench.desk.lost_root() is None
+
+
+class Lender:
+    """Keeps what it is told."""
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+        self.told: list[tuple[Any, ...]] = []
+
+    def fetch(self, source: int, note: Buffer) -> Buffer:
+        self.told.append((source, "fetch"))
+        return self.pool.message(Kind.CELL, 3)
+
+    def came_back(self, source: int, note: Buffer) -> None:
+        self.told.append((source, "back"))
+
+    def died(self, rank: int) -> None:
+        self.told.append((rank, "died"))
+
+
+def test_what_a_dead_root_was_lent_stays_lent() -> None:
+    """It may have lent it on, to ranks that have not read it yet."""
+    bench = Bench(0, roots=(0, 1))
+    lender: Any = Lender(bench.pool)
+    bench.desk._lending = lender
+    bench.desk.came(2, bench.pool.message(Kind.LENT, 3))
+    bench.desk.came(3, bench.pool.message(Kind.BACK, 3))
+    for rank in (1, 2):
+        bench.desk.died(rank)
+    assert bench.aggregator.heard == [(2, Kind.CELL)]
+    assert lender.told == [(2, "fetch"), (3, "back"), (2, "died")]
+
+
+def test_what_a_dead_root_has_sent_is_taken_in_first() -> None:
+    bench = Bench(2)
+    bench.desk.tick(0.0)
+    bench.desk.died(0)
+    assert bench.desk.lost_root() is None
+    for _ in range(2):
+        bench.desk.came(0, bench.pool.message(Kind.RESULT, 3))
+        bench.desk.tick(0.0)
+        assert bench.desk.lost_root() is None
+    bench.desk.tick(0.0)
+    assert "rank 0" in str(bench.desk.lost_root())

@@ -67,12 +67,15 @@ def simple(name: str) -> bool:
     return name not in OF_ITS_OWN and not name.startswith("parameters")
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_gradients_that_are_lent_have_the_same_bits(
-    world: World, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Those of workers to the root, and its sums to them; more steps than an arena has room for."""
+@pytest.fixture
+def lends_also_what_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exchange, "LEAST_BYTES", 1)
+
+
+@pytest.mark.usefixtures("lends_also_what_is_small")
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_that_are_lent_have_the_same_bits(world: World, name: str) -> None:
+    """Those of workers to the root, and its sums to them; more steps than an arena has room for."""
     run = Run(world, make(name), root="working", copies=world.size)
     run.to(3 * ROUNDS)
     lending = run.coded._desk._lending
@@ -82,6 +85,7 @@ def test_gradients_that_are_lent_have_the_same_bits(
         assert {source for source, _ in lending._seen} == lenders
 
 
+@pytest.mark.usefixtures("lends_also_what_is_small")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_narrow_gradients(world: World, dtype: torch.dtype) -> None:
     """16-bit ones are summed as float32, and rounded once."""
@@ -102,6 +106,7 @@ def test_model_blocks_of_any_size(world: World, block_bytes: int) -> None:
     assert len(run.coded._backward.columns) == (6 if block_bytes == 1 else 1)
 
 
+@pytest.mark.usefixtures("lends_also_what_is_small")
 @pytest.mark.parametrize("root", ["working", "dedicated"])
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_whoever_holds_and_whoever_adds_up(world: World, placement: str, root: str) -> None:

@@ -22,7 +22,7 @@ import torch
 
 from hpctrain.grad.coded.aggregator import Aggregator
 from hpctrain.grad.coded.assignment import place
-from hpctrain.grad.coded.cells import HEADER_BYTES, Buffer, Kind, Place, Pool, content
+from hpctrain.grad.coded.cells import HEADER_BYTES, Buffer, Kind, Pool, Spot, content
 from hpctrain.grad.coded.collecting import WholeSum
 from hpctrain.grad.coded.coordinator import Coordinator, Silence, evaluation_assignment
 from hpctrain.grad.coded.desk import Desk
@@ -131,7 +131,7 @@ class PoisonedPool(Pool):
     """What it is given back is NaN from then on, its header too."""
 
     def __init__(self, share: Callable[[int], Buffer | None] | None = None) -> None:
-        super().__init__(poisoned, share or (lambda nbytes: None))
+        super().__init__(poisoned, share)
         self.held: set[Buffer] = set()
         self.peak_bytes = 0
 
@@ -151,8 +151,6 @@ class PoisonedPool(Pool):
         if buffer.holders == 0:
             if not buffer.give_back:
                 self.held.remove(buffer)
-            elif buffer.kind is Kind.RESULT:
-                return  # which others still read
             all_bytes(buffer).fill(255)
 
 
@@ -221,7 +219,7 @@ class Rank:
         post = self.post = self.outbox.send
         scheme = Scheme(network.assignment, "spread")
         self.lending = Lending(arena, self.pool, post) if arena else None
-        give = self.lending.post if self.lending else post
+        give = self.lending.lend_or_send if self.lending else post
         self.worker = Worker(give, self.pool, self.roots, scheme, self.index)
         if self.index >= 0:
             self.worker.own = network.assignment.owned(self.index)
@@ -422,12 +420,12 @@ class Rank:
             found += [letter for _, letter in self.coordinator._early]
         return [buffer for buffer in found if not buffer.give_back]
 
-    def borrowed(self) -> set[tuple[int, Place]]:
+    def borrowed(self) -> set[tuple[int, Spot]]:
         """Of whom it still has cells, and which."""
         seen = self.lending._seen.items() if self.lending else ()
         return {key for key, buffer in seen if buffer.holders}
 
-    def lent(self) -> dict[tuple[int, Place], Buffer]:
+    def lent(self) -> dict[tuple[int, Spot], Buffer]:
         """What others have, by rank and place."""
         return self.lending._lent if self.lending else {}
 
@@ -513,12 +511,12 @@ class Network:
 
     def _die(self, rank: Rank) -> None:
         rank.dead = True
-        if self.scene.tells:
-            self.at(self.draw.uniform(0, 10), self.ranks[0], lambda: self._tell_of(rank))
+        for other in self.ranks if self.scene.tells else ():
+            self.at(self.draw.uniform(0, 10), other, lambda other=other: self._tell(other, rank))
 
-    def _tell_of(self, rank: Rank) -> None:
-        self.known_dead.add(rank.number)
-        self.ranks[0].desk.died(rank.number)
+    def _tell(self, other: Rank, dead: Rank) -> None:
+        self.known_dead.add(dead.number)
+        other.desk.died(dead.number)
 
     def _lose(self, event: Event) -> None:
         """It was for a rank that is dead."""
@@ -556,15 +554,25 @@ SCENES = [
     Scene("calm", 1000, workers=4, late=0.0, slow=0.05, stalls=0.0, near=True),
     Scene("one root", 2500, workers=3),
     Scene("many late", 1000, workers=3, late=0.1, stalls=0.01, near=True),
-    Scene("three roots", 500, workers=4, roots=3, columns=3, late=0.03),
+    Scene("three roots", 500, workers=4, roots=3, columns=3, late=0.03, near=True),
     Scene("dedicated", 1000, workers=3, dedicated=True, blocks=7),
     Scene(
         "two dedicated", 1000, workers=2, roots=2, dedicated=True, columns=3, late=0.03, near=True
     ),
     Scene("odd", 500, workers=5, blocks=13, copies=3, columns=1, slow=0.3, near=True),
     Scene("deaths", 500, workers=6, copies=3, deaths=2, blocks=9, slow=0.3, near=True),
-    Scene("silent deaths", 1000, workers=4, copies=3, deaths=2, tells=False, roots=2, blocks=6),
-    Scene("evaluations", 1000, workers=3, roots=2, evaluations=3, stalls=0.02, late=0.02),
+    Scene(
+        "silent deaths",
+        1000,
+        workers=4,
+        roots=2,
+        copies=3,
+        blocks=6,
+        deaths=2,
+        tells=False,
+        near=True,
+    ),
+    Scene("evaluations", 1000, workers=3, roots=2, evaluations=3, stalls=0.02, near=True),
 ]
 
 
@@ -580,9 +588,9 @@ def test_every_result_is_the_canonical_sum(scene: Scene) -> None:
         # Nothing is lost, and nothing kept that nobody needs.
         lent = rank.lent()
         assert rank.pool.held == {*rank.in_use(), *lent.values()} | network.stuck[rank]
-        for borrower, where in lent:
-            assert (rank.number, where) in network.ranks[borrower].borrowed()
-            assert not network.ranks[borrower].dead
+        for borrower, spot in lent:
+            other = network.ranks[borrower]
+            assert not scene.tells if other.dead else (rank.number, spot) in other.borrowed()
         assert rank.pool.peak_bytes < 1.5 * rank.early_bytes + 1000
     assert sum(rank.dead for rank in network.ranks) == scene.deaths
     moves = sum(rank.moves for rank in network.ranks)

@@ -16,6 +16,7 @@ from torch import nn
 from hpctrain.comm.collect import barrier_on
 from hpctrain.comm.engine import engine_of
 from hpctrain.errors import ExchangeError, JobError
+from hpctrain.grad.coded import exchange
 from hpctrain.grad.coded.cells import Buffer, Kind, Pool
 from hpctrain.grad.coded.collecting import WholeSum, variance_of_mean
 from hpctrain.grad.coded.columns import GradientColumn, buffer_columns
@@ -28,6 +29,11 @@ from hpctrain.world import World
 
 SIZE = 5
 POLL_S = 1e-4
+
+
+@pytest.fixture(autouse=True)
+def lends_also_what_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exchange, "LEAST_BYTES", 1)
 
 
 class Bench:
