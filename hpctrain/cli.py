@@ -1,8 +1,9 @@
-"""The command line: `hpctrain run | keys | doctor | report`."""
+"""The command line: `hpctrain run | submit | keys | doctor | report`."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import threading
@@ -25,6 +26,7 @@ STATUSES = """exit status:
   1    crashed, or ended by Ctrl-C under mpirun
   2    the job or the command line is wrong
   3    the environment is unfit
+  75   told to end, saved: start it again to continue
   130  ended by Ctrl-C (alone)
   137  a rank was killed, for example by the kernel when memory ran out
   143  a rank was ended by SIGTERM
@@ -38,6 +40,23 @@ An unfinished run of the same job is continued; --fresh starts a new one.
 """
 
 
+SUBMIT_OPTIONS = {
+    "nodes": ("--nodes", "-N"),
+    "tasks_per_node": ("--ntasks-per-node",),
+    "cpus_per_task": ("--cpus-per-task", "-c"),
+    "gpus_per_node": ("--gpus-per-node",),
+    "memory": ("--mem",),
+    "time": ("--time", "-t"),
+    "partition": ("--partition", "-p"),
+    "account": ("--account", "-A"),
+    "qos": ("--qos", "-q"),
+    "constraint": ("--constraint", "-C"),
+    "array": ("--array", "-a"),
+}
+"""By key of [submit]: Slurm's own names for it."""
+_NUMBERS = ("nodes", "tasks_per_node", "cpus_per_task", "gpus_per_node")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status.
 
@@ -48,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(chosen.command(chosen))
     except HpctrainError as error:
-        if not error.everywhere:
+        if not error.everywhere and chosen.command is not _submit:  # which runs in one process
             raise
         _say_once(error)
         return int(error.exit_code)
@@ -93,6 +112,23 @@ def _parser() -> argparse.ArgumentParser:
         "by default a bar on a terminal",
     )
     run.set_defaults(command=_run)
+
+    submit = commands.add_parser("submit", help="put a job into Slurm's queue")
+    submit.add_argument("job", type=Path, help="the job file, TOML")
+    submit.add_argument("--dry-run", action="store_true", help="print the batch script, and end")
+    submit.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="TABLE.KEY=VALUE",
+        dest="overrides",
+        help="replace a value of the job file; may be repeated",
+    )
+    for key, names in SUBMIT_OPTIONS.items():
+        submit.add_argument(
+            *names, dest=key, metavar="VALUE", help=f"the same as --set submit.{key}=VALUE"
+        )
+    submit.set_defaults(command=_submit)
 
     keys = commands.add_parser("keys", help="list every key of a job file")
     keys.add_argument("--markdown", action="store_true", help="as the table of docs/job-file.md")
@@ -152,6 +188,33 @@ def _load_together(path: Path, overrides: Sequence[str]) -> LoadedJob:
             raise JobError(text if rank == 0 else f"rank {rank}: {text}", everywhere=True)
     assert loaded is not None
     return loaded
+
+
+def _submit(chosen: argparse.Namespace) -> int:
+    from hpctrain import job
+    from hpctrain.submit import queue, script
+    from hpctrain.world import load_mpi
+
+    asked = {key: getattr(chosen, key) for key in SUBMIT_OPTIONS}
+    options = [
+        f"submit.{key}={value if key in _NUMBERS else json.dumps(value)}"
+        for key, value in asked.items()
+        if value is not None
+    ]
+    loaded = job.load(chosen.job, [*chosen.overrides, *options])
+    submission = queue.prepare(
+        loaded.name,
+        chosen.job,
+        Path(loaded.job.run.folder) / loaded.name,
+        chosen.overrides,
+        loaded.job.submit,
+        load_mpi().Get_library_version(),
+    )
+    if chosen.dry_run:
+        print(script.render(submission), end="")
+    else:
+        print(queue.submit(submission).text)
+    return ExitCode.DONE
 
 
 def _keys(chosen: argparse.Namespace) -> int:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Collection, Mapping
@@ -38,6 +39,7 @@ def option(
     above: float | None = None,
     maximum: float | None = None,
     choices: Collection[str] | None = None,
+    pattern: tuple[str, str] | None = None,
 ) -> Any:
     """A dataclass field with the values that it allows.
 
@@ -47,8 +49,16 @@ def option(
         above: allowed numbers are greater than this.
         maximum: largest allowed number.
         choices: allowed strings.
+        pattern: regular expression that a string, or each of a list, matches as a whole, and what
+            it allows in words.
     """
-    rules = {"minimum": minimum, "above": above, "maximum": maximum, "choices": choices}
+    rules = {
+        "minimum": minimum,
+        "above": above,
+        "maximum": maximum,
+        "choices": choices,
+        "pattern": pattern,
+    }
     metadata = {name: rule for name, rule in rules.items() if rule is not None}
     if isinstance(default, (dict, list)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
@@ -172,8 +182,10 @@ def _broken_rule(value: Any, rules: Mapping[str, Any]) -> str:
         close = difflib.get_close_matches(str(value), rules["choices"], n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         return rules_text(rules) + hint
+    texts = value if isinstance(value, list) else [value]
     broken = (
-        ("minimum" in rules and value < rules["minimum"])
+        ("pattern" in rules and not all(_matches(rules["pattern"][0], text) for text in texts))
+        or ("minimum" in rules and value < rules["minimum"])
         or ("above" in rules and value <= rules["above"])
         or ("maximum" in rules and value > rules["maximum"])
     )
@@ -182,9 +194,15 @@ def _broken_rule(value: Any, rules: Mapping[str, Any]) -> str:
     return rules_text(rules)
 
 
+def _matches(pattern: str, text: object) -> bool:
+    return isinstance(text, str) and re.fullmatch(pattern, text) is not None
+
+
 def rules_text(rules: Mapping[str, Any]) -> str:
     """What the rules of a field allow, in words; empty without rules."""
     if "choices" in rules:
         return ", ".join(rules["choices"])
+    if "pattern" in rules:
+        return str(rules["pattern"][1])
     words = {"minimum": "at least {}", "above": "more than {}", "maximum": "at most {}"}
     return " and ".join(words[rule].format(rules[rule]) for rule in words if rule in rules)

@@ -88,5 +88,11 @@ class CheckpointError(HpctrainError):
     """A checkpoint cannot be written, or none that is complete can be read."""
 
 
+class StoppedError(HpctrainError):
+    """The run was told to end, has saved its state, and is to be continued."""
+
+    exit_code = ExitCode.REQUEUE
+
+
 class TrainingError(HpctrainError):
     """Training cannot go on: a loss or gradient that is not finite, data that ends early."""

@@ -38,12 +38,13 @@ from hpctrain.data.generators import seed_generators
 from hpctrain.errors import ExchangeError, JobError, MismatchError
 from hpctrain.grad.coded.config import CodedConfig
 from hpctrain.grad.config import ExchangeConfig
+from hpctrain.submit.config import SubmitConfig
 from hpctrain.train.checkpoint import CheckpointConfig
 from hpctrain.train.coded_loop import CodedTrainer
 from hpctrain.train.inject import InjectConfig
 from hpctrain.train.loop import Trainer
 from hpctrain.train.optimizer import ScheduleConfig, check_optimizer
-from hpctrain.train.run_folder import RunConfig
+from hpctrain.train.run_folder import KEPT_APART, RunConfig
 from hpctrain.train.settings import Parts, Settings, TrainConfig
 from hpctrain.world import World
 
@@ -74,6 +75,7 @@ class Job:
     checkpoint: CheckpointConfig = CheckpointConfig()
     run: RunConfig = RunConfig()
     inject: InjectConfig = InjectConfig()
+    submit: SubmitConfig = SubmitConfig()
 
     @property
     def settings(self) -> Settings:
@@ -96,7 +98,8 @@ class LoadedJob:
     def fingerprint(self) -> str:
         """Equal for jobs that may continue each other's runs: same values, same module."""
         values = dataclasses.asdict(self.job)
-        del values["run"], values["checkpoint"], values["inject"]
+        for name in KEPT_APART:
+            del values[name]
         source = Path(inspect.getfile(self.module)).read_bytes()
         text = json.dumps(values, sort_keys=True, default=str).encode()
         return hashlib.sha256(text + source).hexdigest()[:16]

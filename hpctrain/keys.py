@@ -21,6 +21,7 @@ _KINDS: dict[object, str] = {
     bool: "boolean",
     str: "string",
     list[int]: "integers",
+    list[str]: "strings",
 }
 
 

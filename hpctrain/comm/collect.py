@@ -16,7 +16,7 @@ from mpi4py import MPI
 from hpctrain.comm.channel import Channel, Operation, Steps, barrier
 from hpctrain.comm.memory import buffer_of
 
-__all__ = ["all_gather", "all_sum", "barrier_on", "broadcast", "broadcast_tensor"]
+__all__ = ["all_gather", "all_sum", "any_of", "barrier_on", "broadcast", "broadcast_tensor"]
 
 
 def barrier_on(channel: Channel, label: str = "barrier") -> None:
@@ -66,6 +66,17 @@ def all_sum(channel: Channel, values: np.ndarray, label: str = "sum") -> np.ndar
         return total
 
     return cast(np.ndarray, channel.run(steps, label))
+
+
+def any_of(flag: bool) -> Operation:
+    """Operation: whether the flag of any rank is set."""
+
+    def steps(comm: MPI.Intracomm, tag: int) -> Steps:
+        flags = np.array([flag], np.uint8)
+        yield [comm.Iallreduce(MPI.IN_PLACE, flags, MPI.MAX)]
+        return bool(flags[0])
+
+    return steps
 
 
 def broadcast_tensor(tensor: torch.Tensor, root: int = 0) -> Operation:

@@ -128,6 +128,8 @@ class CodedTrainer(Trainer):
         train, every = self.settings.train, self.settings.checkpoint.every
         figures: dict[str, float] = {}
         while not self.coded.is_over:
+            if self._is_told_to_stop():
+                self._end_early()
             if self.step_number < train.steps:
                 if not self.step():
                     continue  # this rank had fallen behind, and goes on where the others are
@@ -143,11 +145,20 @@ class CodedTrainer(Trainer):
                     self.save()
             else:
                 figures = self.evaluate()
-                if not self.coded.moved:
+                if not self.coded.moved and not self._is_told_to_stop():
                     self.save()
                     break
         self._close()
+        if self.coded.continues:
+            raise self._stopped()
         return figures
+
+    def _is_told_to_stop(self) -> bool:
+        """On rank 0, which decides: whether any rank was. Another rank that was lets it know."""
+        if self._stop.has_come:
+            self.coded.ask_to_stop()
+        self._stops = self.coded.is_told_to_stop
+        return self._stops
 
     def step(self) -> bool:
         """One optimizer step on one global batch; whether this rank could take part in it."""
@@ -197,7 +208,9 @@ class CodedTrainer(Trainer):
             self.model.eval()
             try:
                 sums = self.coded.evaluate(
-                    self._evaluated_batches(data), lambda index: self._figures_of(data, index)
+                    self._evaluated_batches(data),
+                    lambda index: self._figures_of(data, index),
+                    unless=self._is_told_to_stop,
                 )
             finally:
                 self.model.train(was_training)
@@ -297,7 +310,7 @@ class CodedTrainer(Trainer):
 
     def _part(self) -> str:
         """Wait until the run is over; whoever is late or dead is not waited for."""
-        self.coded.end()
+        self.coded.end(continues=self._stops)
         if self._exactness.text:
             self.console.say(self._exactness.text)
         return "coded"

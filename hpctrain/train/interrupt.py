@@ -1,4 +1,8 @@
-"""What the user is told when a run is interrupted, and how its ranks end."""
+"""What the user is told when a run is interrupted, and how its ranks end.
+
+Batch systems tell a job ahead of time that it will be ended. Such a word only sets a flag: the
+training loop looks at it, saves, and ends with a status that asks to be started again.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -18,31 +22,52 @@ _PATIENCE_S = 1.0
 _log = logging.getLogger("hpctrain")
 
 
+class StopRequest:
+    """Whether this rank was told that it will be ended soon."""
+
+    def __init__(self) -> None:
+        self.has_come = False
+
+
+def is_in_batch(environment: Mapping[str, str]) -> bool:
+    """Whether SIGTERM means that a batch system is about to end the job, as Slurm's preemption."""
+    return "SLURM_JOB_ID" in environment
+
+
 class _TerminatedError(KeyboardInterrupt):
     """SIGTERM has come, which is what Open MPI's mpirun makes of Ctrl-C."""
 
 
 @contextmanager
-def told_when_interrupted(world: World, text: Callable[[], str]) -> Iterator[None]:
+def told_when_interrupted(
+    world: World, text: Callable[[], str], stop: StopRequest
+) -> Iterator[None]:
     """End all ranks on Ctrl-C or SIGTERM, after one line that says what to do next.
+
+    On SIGUSR1, and on SIGTERM inside a batch job, it is only written down that this was asked for.
 
     Args:
         world: the ranks.
         text: makes the line.
+        stop: told of it.
     """
     process = os.getpid()
+    in_batch = is_in_batch(os.environ)
+
+    def ask(number: int, frame: Any) -> None:
+        if os.getpid() == process:  # not a child that inherited this handler
+            stop.has_come = True
 
     def terminate(number: int, frame: Any) -> None:
-        if os.getpid() != process:  # a child that inherited this handler
+        if os.getpid() != process:
             os._exit(128 + number)
         raise _TerminatedError
 
-    ours = (
-        threading.current_thread() is threading.main_thread()
-        and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    )
-    if ours:
-        signal.signal(signal.SIGTERM, terminate)
+    handlers = {signal.SIGTERM: ask if in_batch else terminate, signal.SIGUSR1: ask}
+    is_main = threading.current_thread() is threading.main_thread()
+    ours = [n for n in handlers if is_main and signal.getsignal(n) is signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, handlers[number])
     try:
         yield
     except KeyboardInterrupt as interrupt:
@@ -52,8 +77,8 @@ def told_when_interrupted(world: World, text: Callable[[], str]) -> Iterator[Non
             signal.SIGTERM if isinstance(interrupt, _TerminatedError) else signal.SIGINT,
         )
     finally:
-        if ours:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _end(world: World, text: Callable[[], str], number: int) -> None:

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from hpctrain.comm.channel import Channel
-from hpctrain.comm.collect import all_gather, all_sum, barrier_on
+from hpctrain.comm.channel import Channel, Ticket
+from hpctrain.comm.collect import all_gather, all_sum, any_of, barrier_on
 from hpctrain.comm.engine import engine_of
 from hpctrain.comm.measure import clock_offset
 from hpctrain.data.batches import Batches, MapStyle, is_indexed
 from hpctrain.data.generators import generator_state, restore_generators, seed_generators
-from hpctrain.errors import JobError, TrainingError
+from hpctrain.errors import JobError, StoppedError, TrainingError
 from hpctrain.grad.accumulate import accumulate
 from hpctrain.grad.blocks import Block, gradient_norm
 from hpctrain.grad.data_parallel import DataParallel
@@ -29,7 +29,7 @@ from hpctrain.train.checks import check_same_data, loss_mistake
 from hpctrain.train.console import Console, Progress, RankLog
 from hpctrain.train.device import device_of, moved
 from hpctrain.train.inject import Injection
-from hpctrain.train.interrupt import told_when_interrupted
+from hpctrain.train.interrupt import StopRequest, told_when_interrupted
 from hpctrain.train.metrics import Metrics, StepFigures
 from hpctrain.train.optimizer import build_optimizer
 from hpctrain.train.run_folder import open_run
@@ -122,6 +122,12 @@ class Trainer:
         self.injection.strikes = self._started_at == 0
         self._loss_checked = False
         self._read_back = True
+        self._saved_at = -1
+        self._stop = StopRequest()
+        self._stop_vote: Ticket | None = None
+        """Of all ranks, in the present step."""
+        self._stops = False
+        """Whether all ranks know that the run is to end here."""
         self._pending: list[StepFigures] = []
         self._taken: tuple[int, torch.Tensor] = (0, torch.zeros(()))
         """Number and loss of the step whose blocks are on the wire, with `next_forward`."""
@@ -158,8 +164,12 @@ class Trainer:
         """Train to the last step, evaluate, save. Returns the last evaluation's figures.
 
         Ctrl-C and SIGTERM end all ranks.
+
+        Raises:
+            StoppedError: on all ranks, after a checkpoint, when any was told to end by SIGUSR1, or
+                by SIGTERM in a batch job.
         """
-        with told_when_interrupted(self.world, self._farewell):
+        with told_when_interrupted(self.world, self._farewell, self._stop):
             return self._run()
 
     def _run(self) -> dict[str, float]:
@@ -175,7 +185,11 @@ class Trainer:
             if every and done % every == 0 and done < train.steps:
                 self._report()
                 self.save()
+            if self._is_told_to_stop():
+                self._end_early()
         figures = self.evaluate()
+        if self._stops:
+            self._end_early()
         self.save()
         self._close()
         return figures
@@ -212,6 +226,7 @@ class Trainer:
             subsets = self._in_phase("data", on_device)
         accumulate(self.parallel, subsets, len(share.sizes), backward)
 
+        self._stop_vote = self.control.post(any_of(self._stop.has_come), "stop?")
         with self._phase("optimizer"):
             norm = self._update(loss)
             self.optimizer.zero_grad(set_to_none=True)
@@ -236,11 +251,18 @@ class Trainer:
             totals: dict[str, float] = {}
             try:
                 for index in range(self.world.rank, self._evaluated_batches(data), self.world.size):
+                    if self._stop.has_come:
+                        break
                     for name, value in self._figures_of(data, index).items():
                         totals[name] = totals.get(name, 0.0) + value
             finally:
                 self.model.train(was_training)
-        names = sorted(set().union(*all_gather(self.control, list(totals), label="evaluation")))
+        mine = list(totals), self._stop.has_come
+        everyones = all_gather(self.control, mine, label="evaluation")
+        if any(is_told for _, is_told in everyones):
+            self._stops = True
+            return {}
+        names = sorted(set().union(*(names for names, _ in everyones)))
         sums = all_sum(
             self.control, np.array([totals.get(name, 0.0) for name in names]), label="evaluation"
         )
@@ -254,6 +276,28 @@ class Trainer:
         shown = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
         self.console.say(f"step {self.step_number}  validation {shown}")
         return figures
+
+    def _is_told_to_stop(self) -> bool:
+        """Whether any rank was, when the step ended. Collective."""
+        if self._stop_vote:
+            self._stops |= engine_of(self.world).wait(self._stop_vote)
+            self._stop_vote = None
+        return self._stops
+
+    def _end_early(self) -> None:
+        """Save, unless this step is saved, and leave the rest for another launch."""
+        self._report()
+        if self._saved_at != self.step_number:
+            self.save()
+        self._close(is_finished=False)
+        raise self._stopped()
+
+    def _stopped(self) -> StoppedError:
+        return StoppedError(
+            f"told to end: saved at step {self.step_number} of {self.settings.train.steps}",
+            fix="start the same command again to continue",
+            everywhere=True,
+        )
 
     def save(self) -> None:
         """Write a checkpoint. The first one of a launch is read back at once."""
@@ -289,6 +333,7 @@ class Trainer:
                 read_back=self._read_back,
             )
         self._read_back = False
+        self._saved_at = self.step_number
 
     def show_sample(self) -> None:
         """Print what the job's `sample` makes of the trained model, on the root. Not collective."""
@@ -556,7 +601,7 @@ class Trainer:
     def _samples_per_s(self, total: StepFigures) -> float:
         return self.settings.train.batch * self.world.size / total.step_s
 
-    def _close(self) -> None:
+    def _close(self, is_finished: bool = True) -> None:
         self.world.position.phase = "closing"
         self.console.finish()
         progress = self._part()
@@ -565,7 +610,7 @@ class Trainer:
         if self._metrics:
             self._metrics.close()
             self.run_folder.write_facts(
-                finished=True, seconds=now_s() - self._begun_s, progress=progress
+                finished=is_finished, seconds=now_s() - self._begun_s, progress=progress
             )
         self.opened.release()
 

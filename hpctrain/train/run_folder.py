@@ -29,7 +29,7 @@ from hpctrain.train.run_lock import RunLock, holder_of
 
 _SESSION = ("fingerprint", "ranks", "nodes", "mpi", "torch", "threads", "resumed_at", "seconds")
 
-_KEPT_APART = ("run", "checkpoint", "inject")
+KEPT_APART = ("run", "checkpoint", "inject", "submit")
 """Tables of a job that do not decide about what is trained."""
 
 
@@ -289,7 +289,7 @@ def _changes(earlier: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     changed = [
         f"{key} {_shown(old, key)} -> {_shown(new, key)}"
         for key in [*old, *(key for key in new if key not in old)]
-        if _shown(old, key) != _shown(new, key) and key.split(".")[0] not in _KEPT_APART
+        if _shown(old, key) != _shown(new, key) and key.split(".")[0] not in KEPT_APART
     ]
     return ", ".join(changed) or "the source of its module has changed"
 

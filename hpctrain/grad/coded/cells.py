@@ -53,7 +53,7 @@ class Kind(IntEnum):
     OVER = 12
     """An evaluation is complete; behind it, its figures."""
     END = 13
-    """The run is over; behind it, the ranks that are dead."""
+    """The run is over; behind it, the ranks that are dead. lo: 1 if it is to be continued."""
     BEAT = 14
     """The sender lives. lo: the rank that it is for."""
     BEHIND = 16
@@ -62,6 +62,8 @@ class Kind(IntEnum):
     """A message of hi bytes lies in the arena of rank `column`, from byte lo on; see `lending`."""
     BACK = 18
     """What was lent at byte lo of the arena of rank `column` is not needed any more."""
+    STOP = 19
+    """The run is to end soon, to be continued."""
 
 
 _OF_ANY_SIZE = frozenset((Kind.STATE, Kind.OVER, Kind.ORDER, Kind.LAYOUT))

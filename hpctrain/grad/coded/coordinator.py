@@ -111,11 +111,15 @@ class Coordinator:
         """Ranks that began a round whose results are gone, and wait for a state to go on from."""
         self.failure: str | None = None
         """Why the run cannot go on."""
+        self.is_told_to_stop = False
+        """Whether a rank has asked that the run end soon."""
         self.ended: list[Ended] = []
         """Training rounds that are over, for whoever takes them out."""
         self._end: bytes | None = None
         self._last = -1
         """The last round, once the run is over."""
+        self._continues = False
+        """Whether the run that is over is to be continued."""
 
     # ------------------------------------------------------------------ messages
 
@@ -148,6 +152,8 @@ class Coordinator:
                 self._conclude()
             self._tell(self._round.done(self._index[source], buffer.lo, now))
             self._decide(now)
+        elif kind is Kind.STOP:
+            self.is_told_to_stop = True
         elif kind is Kind.ORDER and self._order is None:
             self._order = content(buffer)
             for rank in range(self._ranks):
@@ -197,12 +203,14 @@ class Coordinator:
         silent_s = [now - s for rank, s in self._heard_s.items() if rank not in self.dead]
         return not any(silence.out_s < s <= silence.lost_s for s in silent_s)
 
-    def end(self, has_failed: bool) -> bytes:
+    def end(self, has_failed: bool, continues: bool = False) -> bytes:
         """The run is over: tell all ranks. Returns the ranks that nobody need wait for.
 
         Args:
             has_failed: there will be no results of the present round.
+            continues: it is to be continued.
         """
+        self._continues = continues
         self._last = self._joined.get(self._roots[0], -1) - has_failed
         now = self._now()
         silent = {r for r, s in self._heard_s.items() if now - s > self._silence.lost_s}
@@ -339,7 +347,9 @@ class Coordinator:
         """With the last round of this rank, although others may have begun one more."""
         assert self._end is not None
         if rank not in self.dead:
-            self._post(rank, self._pool.message(Kind.END, self._last, data=self._end))
+            self._post(
+                rank, self._pool.message(Kind.END, self._last, int(self._continues), data=self._end)
+            )
 
     def _say(self, kind: Kind, rank: int, lo: int = 0, column: int = 0, data: bytes = b"") -> None:
         if rank not in self.dead:

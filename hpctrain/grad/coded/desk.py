@@ -19,7 +19,9 @@ ROOT_LOST_S = 10.0
 SLOWEST_BYTES_PER_S = 1e6
 """A rank whose message is on its way is not silent, unless it takes longer than at this rate."""
 
-_FOR_THE_FIRST_ROOT = frozenset((Kind.JOIN, Kind.DONE, Kind.ORDER, Kind.BEAT, Kind.BEHIND))
+_FOR_THE_FIRST_ROOT = frozenset(
+    (Kind.JOIN, Kind.DONE, Kind.ORDER, Kind.BEAT, Kind.BEHIND, Kind.STOP)
+)
 
 
 class Outbox(Protocol):

@@ -167,6 +167,9 @@ class Coded:
         self._layout = b""
         """The order of parameters that all agreed on, once columns follow it."""
         self._found_trouble: str | None = None
+        self._has_asked = False
+        self._has_given_up = False
+        """Whether this rank, the first root, left an evaluation."""
         self._is_left = False
         """Whether the run has gone on to its end without this rank."""
         self._shown: list[Event] = []
@@ -283,16 +286,21 @@ class Coded:
         return True
 
     def evaluate(
-        self, blocks: int, figures: Callable[[int], Mapping[str, float]]
+        self,
+        blocks: int,
+        figures: Callable[[int], Mapping[str, float]],
+        unless: Callable[[], bool] = lambda: False,
     ) -> dict[str, float] | None:
         """Sum of figures over blocks of validation data, whoever computes them.
 
         Args:
             blocks: their number, the same on all ranks.
             figures: of a block; with the same names for all.
+            unless: on the first root, whether to give it up; only `end` may follow then.
 
         Returns:
-            The sums; None if this rank had fallen behind, as `step` tells. It goes on with a step.
+            The sums; None if this rank had fallen behind, as `step` tells, and goes on with a step,
+            or if it was given up.
         """
         if self.moved:
             return None
@@ -306,9 +314,12 @@ class Coded:
         self._end_copies()
         worker.begin(self._round, blocks, None, own)
         while not worker.is_over:
+            self._has_given_up = self.coordinator is not None and unless()
+            if self._has_given_up:
+                return None
             block = worker.next_block()
             if block is None:
-                self._wait()
+                self._wait(unless)
             else:
                 found = json.dumps(dict(figures(block))).encode() + b"\n"
                 worker.done(worker.finish(), found)
@@ -321,14 +332,34 @@ class Coded:
                 sums[name] = sums.get(name, 0.0) + value
         return sums
 
-    def end(self) -> None:
-        """The loop is over on this rank: wait until it is for the run. Ranks may leave then."""
+    def ask_to_stop(self) -> None:
+        """Have the first root know that the run should end soon. Not collective."""
+        if not self._has_asked:
+            self._has_asked = True
+            self.mailbox.send(self.hands.roots[0], self._pool.message(Kind.STOP, self._round))
+
+    @property
+    def is_told_to_stop(self) -> bool:
+        """On the first root: whether a rank has asked that the run end soon."""
+        return self.coordinator is not None and self.coordinator.is_told_to_stop
+
+    @property
+    def continues(self) -> bool:
+        """Whether the run is over for now, and to be continued by another launch."""
+        return self.worker.continues
+
+    def end(self, continues: bool = False) -> None:
+        """The loop is over on this rank: wait until it is for the run. Ranks may leave then.
+
+        Args:
+            continues: on the first root, whether another launch is to continue the run.
+        """
         coordinator = self.coordinator
         if coordinator and not self._desk.is_closed:
             self.engine.drive(lambda: coordinator.knows_who_is_left, WAIT_S)
-            has_failed = self._trouble() is not None
+            has_failed = self._trouble() is not None or self._has_given_up
             with self.engine.exclusive():
-                coordinator.end(has_failed)
+                coordinator.end(has_failed, continues)
         self.mailbox.abandon()  # closed at the next meeting of all ranks, after what follows
         self.engine.drive(lambda: self.worker.ended is not None or bool(self._trouble()), WAIT_S)
         if coordinator or self.worker.ended is None:  # once it is over, a root may leave
@@ -467,8 +498,8 @@ class Coded:
 
     # ------------------------------------------------------------------ waiting
 
-    def _wait(self) -> None:
-        """Until there is something to compute, or the round is over."""
+    def _wait(self, unless: Callable[[], bool] = lambda: False) -> None:
+        """Until there is something to compute, or the round is over, or it is to be given up."""
         begun_s = now_s()
         worker = self.worker
 
@@ -476,7 +507,7 @@ class Coded:
             new_layout = bool(self._desk.layout) and not self._layout
             helps = worker.trains and self._may_help
             is_done = worker.is_over or worker.has_work or new_layout or helps
-            return bool(is_done) or bool(self._trouble())
+            return bool(is_done) or unless() or bool(self._trouble())
 
         self.engine.drive(something, WAIT_S)
         self.exposed_s += now_s() - begun_s

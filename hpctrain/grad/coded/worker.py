@@ -89,6 +89,8 @@ class Worker:
         """Results of the last step, which are the module's gradients until the next."""
         self.ended: bytes | None = None
         """The ranks that are dead, when the run is over."""
+        self.continues = False
+        """Whether the run that is over is to be continued."""
         self._last_round = -1
 
     # ------------------------------------------------------------------ the main thread
@@ -257,6 +259,7 @@ class Worker:
     def _receive(self, buffer: Buffer) -> None:
         kind = buffer.kind
         if kind is Kind.END:
+            self.continues = bool(buffer.lo)
             self.ended, self._last_round = content(buffer), buffer.round
         elif kind is Kind.OWN and buffer.round > self._own_round:
             self.own, self._own_round = as_blocks(content(buffer)), buffer.round

@@ -20,6 +20,8 @@ class Bench:
         self.pool = Pool()
         self.scheme = scheme_of(sends, "cyclic", 4, RANKS - 1, 2, None)
         self.whole = -1
+        self.ends: list[tuple[int, int, int]] = []
+        """Who was told that the run is over, with which last round, and whether it continues."""
         self.coordinator = Coordinator(
             *(self.post, self.pool, range(1, RANKS), RANKS, self.scheme, lambda: self.now_s),
             *(Silence(), (0,), False),
@@ -27,7 +29,8 @@ class Bench:
         )
 
     def post(self, rank: int, buffer: Buffer) -> None:
-        del rank
+        if buffer.kind is Kind.END:
+            self.ends.append((rank, buffer.round, buffer.lo))
         self.pool.drop(buffer)
 
     def hear(self, rank: int, kind: Kind, round_: int = 0, lo: int = 0, hi: int = 0) -> None:
@@ -89,3 +92,17 @@ def test_a_rank_whose_large_message_is_on_its_way_is_expected() -> None:
     assert bench.coordinator.failure is None
     bench.to(40.0, 1, 2)
     assert "dead or silent: rank 3, 4" in (bench.coordinator.failure or "")
+
+
+@pytest.mark.parametrize("has_failed", [False, True])
+@pytest.mark.parametrize("continues", [False, True])
+def test_whether_the_run_is_to_be_continued_is_told_to_all(
+    continues: bool, has_failed: bool
+) -> None:
+    bench = Bench()
+    bench.join(0)
+    assert not bench.coordinator.is_told_to_stop
+    bench.hear(3, Kind.STOP)
+    assert bench.coordinator.is_told_to_stop
+    bench.coordinator.end(has_failed, continues)
+    assert bench.ends == [(rank, -has_failed, continues) for rank in range(RANKS)]

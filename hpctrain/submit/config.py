@@ -1,0 +1,60 @@
+"""What a job asks Slurm for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hpctrain.config import check, option
+
+LAUNCHERS = ("auto", "srun", "mpirun")
+
+# These values stand in `#SBATCH` lines, where no shell quotes them: what could end a line, or begin
+# another option, is not allowed to begin with.
+_NAME = (r"[A-Za-z0-9_.+/@:-]*", "letters, digits and _ . + / @ : -")
+_TIME = (r"|\d+|\d+:\d\d(:\d\d)?|\d+-\d+(:\d\d){0,2}", "minutes, H:MM:SS or D-HH:MM:SS")
+_MEMORY = (r"|\d+[KMGT]?", "a number of megabytes, or one with K, M, G or T")
+_ARRAY = (r"|\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%\d+)?", "numbers and ranges, as in 0-3,7%2")
+_KEY = (r"[A-Za-z0-9_.-]+", "a key of the job file")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubmitConfig:
+    """What `hpctrain submit` asks Slurm for; `hpctrain run` passes over it."""
+
+    nodes: int = option(1, minimum=1)
+    """Nodes of the job."""
+    tasks_per_node: int = option(1, minimum=1)
+    """Ranks on each node."""
+    cpus_per_task: int = option(0, minimum=0)
+    """Cores of each rank; 0 for what the cluster gives."""
+    gpus_per_node: int = option(0, minimum=0)
+    """GPUs of each node."""
+    memory: str = option("", pattern=_MEMORY)
+    """Memory of each node; empty for what the cluster gives."""
+    time: str = option("", pattern=_TIME)
+    """Time limit; empty for that of the partition."""
+    partition: str = option("", pattern=_NAME)
+    """Queue; empty for the cluster's default, as are the next three."""
+    account: str = option("", pattern=_NAME)
+    """Who pays."""
+    qos: str = option("", pattern=_NAME)
+    """Quality of service."""
+    constraint: str = option("", pattern=_NAME)
+    """Feature that nodes must have."""
+    array: str = option("", pattern=_ARRAY)
+    """Numbers of a job array, each a run of its own; empty for a single job."""
+    array_key: str = option("seed", pattern=_KEY)
+    """The key of the job file that is set to the number in the array."""
+    warning_s: int = option(120, minimum=1)
+    """How long before the time limit the run is told to save and end; more than a save takes."""
+    requeue: bool = True
+    """Whether a run that was told to end goes back into the queue, to continue."""
+    launcher: str = option("auto", choices=LAUNCHERS)
+    """What starts ranks; by default what the MPI library and the cluster agree on."""
+    survivors: bool = False
+    """Whether ranks live on when others die, as coded runs can; Open MPI's mpirun only."""
+    modules: list[str] = option([], pattern=_NAME)
+    """Environment modules to load."""
+
+    def __post_init__(self) -> None:
+        check(self)

@@ -1,0 +1,138 @@
+"""The batch script: text from values, and nothing else."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from hpctrain.errors import ExitCode, JobError
+from hpctrain.submit.config import SubmitConfig
+from hpctrain.submit.launcher import Launcher
+
+_SAFE_PATH = r"[A-Za-z0-9_.+/@:,=~ -]+"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submission:
+    """What is submitted.
+
+    Attributes:
+        name: of the job.
+        job: its job file.
+        folder: where it runs; relative paths begin there.
+        runs: folder of its runs and logs.
+        python: interpreter with hpctrain.
+        overrides: values of `--set`.
+    """
+
+    name: str
+    job: PurePosixPath
+    folder: PurePosixPath
+    runs: PurePosixPath
+    python: PurePosixPath
+    overrides: Sequence[str]
+    config: SubmitConfig
+    launcher: Launcher
+
+
+def render(submission: Submission) -> str:
+    """The batch script of a submission; see tests/submit for what it looks like.
+
+    Raises:
+        JobError: a path has characters that Slurm or the shell would not take for themselves.
+    """
+    return "\n".join((*_header(submission), "", *_body(submission), ""))
+
+
+def log_of(submission: Submission) -> PurePosixPath:
+    """Where Slurm writes what the job prints, with its patterns for the job's number."""
+    number = "%A_%a" if submission.config.array else "%j"
+    return submission.runs / f"slurm-{number}.log"
+
+
+def _header(submission: Submission) -> Iterator[str]:
+    config = submission.config
+    for path in (submission.runs, submission.folder):
+        if not re.fullmatch(_SAFE_PATH, str(path)):
+            raise JobError(
+                "the batch script cannot name this folder",
+                value=str(path),
+                allowed="letters, digits, spaces and _ . + / @ : , = ~ -",
+                fix="submit from another folder, or choose another run.folder",
+            )
+    options: dict[str, object] = {
+        "job-name": submission.name,
+        "chdir": f'"{submission.folder}"',
+        "output": f'"{log_of(submission)}"',
+        "open-mode": "append",
+        "nodes": config.nodes,
+        "ntasks-per-node": config.tasks_per_node,
+        "cpus-per-task": config.cpus_per_task,
+        "gpus-per-node": config.gpus_per_node,
+        "mem": config.memory,
+        "time": config.time,
+        "partition": config.partition,
+        "account": config.account,
+        "qos": config.qos,
+        "constraint": config.constraint,
+        "array": config.array,
+        "signal": f"B:USR1@{config.warning_s}",
+    }
+    yield "#!/bin/bash"
+    for name, value in options.items():
+        if value:
+            yield f"#SBATCH --{name}={value}"
+    yield "#SBATCH --requeue" if config.requeue else "#SBATCH --no-requeue"
+
+
+def _body(submission: Submission) -> Iterator[str]:
+    config = submission.config
+    yield f"# Rendered by hpctrain submit {_quoted(submission.job)}"
+    yield f"# Launcher: {submission.launcher.reason}"
+    for module in config.modules:
+        yield f"module load {_quoted(module)}"
+    yield (
+        'echo "hpctrain: job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}, '
+        'on $SLURM_JOB_NODELIST"'
+    )
+    yield from (
+        "",
+        "# Slurm tells this shell ahead of the time limit; ranks then save and end with "
+        f"{int(ExitCode.REQUEUE)}.",
+        "launcher=",
+        'trap \'[ -z "$launcher" ] || kill -USR1 "$launcher"\' USR1 TERM',
+        "",
+        f"{_command(submission)} &",
+        "launcher=$!",
+        "# A signal ends `wait`, but not yet what it waits for.",
+        'while kill -0 "$launcher" 2>/dev/null; do wait "$launcher"; done',
+        'wait "$launcher"',
+        "status=$?",
+    )
+    if config.requeue:
+        yield (f'[ "$status" -ne {int(ExitCode.REQUEUE)} ] || scontrol requeue "$SLURM_JOB_ID"')
+    yield 'exit "$status"'
+
+
+def _command(submission: Submission) -> str:
+    config = submission.config
+    number = "$SLURM_JOB_ID"
+    sets = [word for text in submission.overrides for word in ("--set", _quoted(text))]
+    if config.array:
+        number = "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
+        sets += ["--set", f'"{config.array_key}=$SLURM_ARRAY_TASK_ID"']
+    words = [
+        *(f'"{word}"' if word.startswith("$") else word for word in submission.launcher.words),
+        *(_quoted(submission.python), "-m", "hpctrain", "run", _quoted(submission.job)),
+        *sets,
+        f'--run-dir {_quoted(submission.runs)}/"slurm-{number}"',
+        "--no-live",
+    ]
+    return " ".join(words)
+
+
+def _quoted(value: object) -> str:
+    return shlex.quote(str(value))

@@ -1,0 +1,102 @@
+"""What Slurm is given, and what is told of its answer."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from conftest import Launch
+
+pytestmark = [pytest.mark.launch, pytest.mark.any_mpi]
+
+MODULE = """
+import torch
+def model(width=2): return torch.nn.Linear(2, width)
+def train_data(): return [torch.ones(2)] * 8
+def loss(model, batch): return model(batch).square().mean()
+"""
+KEYS = """
+train = { steps = 2, batch = 4 }
+optimizer = { name = "sgd", lr = 0.01 }
+submit = { nodes = 2, time = "1:00:00", launcher = "mpirun" }
+"""
+SUBMIT = ("-m", "hpctrain", "submit", "digits.toml")
+
+
+@pytest.fixture
+def cluster(launch: Launch) -> Launch:
+    """A login node whose sbatch writes down what it is given."""
+    tools = launch.folder / "tools"
+    tools.mkdir()
+    sbatch = (
+        '#!/bin/sh\necho "$@" >given\ncase $REFUSE in 1) echo no such account >&2; exit 1; esac\n'
+    )
+    (tools / "sbatch").write_text(sbatch + "echo '42;main'\n")
+    (tools / "sbatch").chmod(0o755)
+    launch.environment["PATH"] = f"{tools}:{os.environ['PATH']}"
+    launch.job(MODULE, KEYS, name="digits")
+    return launch
+
+
+def test_dry_run_shows_what_would_be_submitted(cluster: Launch) -> None:
+    options = ("--time", "30", "--array", "0-3", "--set", "model.width=3", "--dry-run")
+    ended = cluster(0, *SUBMIT, *options)
+    assert ended.status == 0, ended.err
+    for line in (
+        "#SBATCH --nodes=2",
+        "#SBATCH --time=30",
+        "#SBATCH --array=0-3",
+        f'#SBATCH --chdir="{cluster.folder}"',
+        "# Launcher: as asked for",
+    ):
+        assert line in ended.out.splitlines()
+    assert '--set model.width=3 --set "seed=$SLURM_ARRAY_TASK_ID"' in ended.out
+    assert not (cluster.folder / "given").exists()
+    assert not (cluster.folder / "runs").exists()
+
+
+def test_submitted_job_is_told(cluster: Launch) -> None:
+    ended = cluster(0, *SUBMIT)
+    assert ended.status == 0, ended.err
+    *options, script = (cluster.folder / "given").read_text().split()
+    assert options == ["--parsable"]
+    assert (cluster.folder / script).read_text().startswith("#!/bin/bash\n#SBATCH")
+    assert "job 42 is queued" in ended.out
+    assert "scancel 42" in ended.out
+    assert "runs/digits/slurm-42.log" in ended.out
+
+
+def test_what_slurm_refuses_and_mistakes_of_the_job(cluster: Launch) -> None:
+    refused = cluster(0, *SUBMIT, REFUSE="1")
+    assert refused.status == 1
+    assert "Slurm does not take the job" in refused.err and "no such account" in refused.err
+    (cluster.folder / "given").unlink()
+    mistake = cluster(0, *SUBMIT, "--partition", "a b", "--nodes", "0", "--set", "train.step=3")
+    assert mistake.status == 2
+    for text in ("submit.partition", "submit.nodes", "train.step"):
+        assert text in mistake.err
+    assert "Traceback" not in refused.err + mistake.err
+    assert not (cluster.folder / "given").exists()
+
+
+def test_without_slurm(launch: Launch) -> None:
+    launch.job(MODULE, KEYS, name="digits")
+    ended = launch(0, *SUBMIT, PATH=str(Path(os.sep, "bin")))
+    assert ended.status == 3
+    assert "there is no sbatch here" in ended.err
+
+
+def test_submit_has_no_part_in_what_is_trained(launch: Launch) -> None:
+    """The same run goes on when other nodes are asked for."""
+    launch.job(MODULE, KEYS, name="digits")
+    run = ("-m", "hpctrain", "run", "digits.toml", "--run-dir", "run")
+    assert launch(0, *run, "--set", "run.report=false").status == 0
+    again = launch(0, *run, "--set", "submit.nodes=7")
+    assert again.status == 0
+    assert "already finished" in again.err
+    assert json.loads((launch.folder / "run" / "run.json").read_text())["finished"]

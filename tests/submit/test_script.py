@@ -1,0 +1,144 @@
+"""Batch scripts as they are rendered, kept beside this file: changes show in their difference."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import subprocess
+from pathlib import Path, PurePosixPath
+
+import pytest
+
+from hpctrain.errors import JobError
+from hpctrain.submit.config import SubmitConfig
+from hpctrain.submit.launcher import Launcher
+from hpctrain.submit.script import Submission, render
+
+GOLDEN = Path(__file__).parent / "golden"
+SRUN = Launcher(("srun", "--mpi=pmix", "--kill-on-bad-exit=1"), "started by srun's pmix")
+MPIRUN = Launcher(("mpirun", "--with-ft", "ulfm", "-n", "$SLURM_NTASKS"), "survivors live")
+SCRIPTS: dict[str, tuple[SubmitConfig, Launcher]] = {
+    "one_node": (SubmitConfig(tasks_per_node=4, time="1:00:00"), SRUN),
+    "several_nodes": (
+        SubmitConfig(
+            nodes=8,
+            tasks_per_node=2,
+            cpus_per_task=16,
+            memory="64G",
+            time="2-00:00:00",
+            partition="batch",
+            account="physics",
+            modules=["gcc/13", "openmpi/5.0"],
+        ),
+        SRUN,
+    ),
+    "gpus": (SubmitConfig(nodes=2, tasks_per_node=4, gpus_per_node=4, constraint="a100"), SRUN),
+    "coded": (SubmitConfig(nodes=3, tasks_per_node=3, survivors=True), MPIRUN),
+    "array": (SubmitConfig(array="0-9%3", requeue=False), SRUN),
+    "preemptible": (SubmitConfig(partition="scavenge", qos="low", warning_s=300), SRUN),
+}
+
+
+def submission(config: SubmitConfig, launcher: Launcher = SRUN) -> Submission:
+    return Submission(
+        name="digits",
+        job=PurePosixPath("jobs/digits.toml"),
+        folder=PurePosixPath("/home/me/a project"),
+        runs=PurePosixPath("runs/digits"),
+        python=PurePosixPath("/home/me/venv/bin/python"),
+        overrides=("train.steps=20", "schedule.name='cosine'; echo pwned"),
+        config=config,
+        launcher=launcher,
+    )
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_scripts_are_as_they_were(name: str) -> None:
+    text, file = render(submission(*SCRIPTS[name])), GOLDEN / f"{name}.sh"
+    if "ACCEPT" in os.environ:
+        file.write_text(text)
+    assert text == file.read_text(), "ACCEPT=1 pytest tests/submit takes the new scripts as right"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_scripts_are_valid_shell(name: str) -> None:
+    subprocess.run(["bash", "-n", GOLDEN / f"{name}.sh"], check=True)
+
+
+def ran(script: str, folder: Path, *, status: int, signal: str = "") -> tuple[int, list[str]]:
+    """Run a script with a launcher and an scontrol that write down how they were called."""
+    tools = folder / "tools"
+    tools.mkdir()
+    calls = folder / "calls"
+    launcher = (
+        f"#!/bin/bash\nprintf '%s\\n' \"$@\" >>{calls}\n"
+        f"trap 'echo told >>{calls}; exit {status}' USR1\n"
+        + (f"kill -{signal} $PPID; while :; do sleep 0.01; done\n" if signal else f"exit {status}")
+    )
+    for name, text in {
+        "srun": launcher,
+        "scontrol": f"#!/bin/bash\necho scontrol $@ >>{calls}\n",
+    }.items():
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    environment = {
+        "PATH": f"{tools}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "17",
+        "SLURM_JOB_NODELIST": "n[1-2]",
+    }
+    ended = subprocess.run(["bash", "-c", script], env=environment, timeout=60, check=False)
+    return ended.returncode, calls.read_text().splitlines()
+
+
+@pytest.mark.parametrize("status", [0, 1, 2, 137])
+def test_the_status_of_ranks_is_that_of_the_job(tmp_path: Path, status: int) -> None:
+    ended, calls = ran(render(submission(SubmitConfig())), tmp_path, status=status)
+    assert ended == status
+    assert not any(line.startswith("scontrol") for line in calls)
+
+
+@pytest.mark.parametrize("signal", ["USR1", "TERM"])
+def test_ranks_are_told_to_end_and_the_job_goes_back(tmp_path: Path, signal: str) -> None:
+    script = render(submission(SubmitConfig()))
+    ended, calls = ran(script, tmp_path, status=75, signal=signal)
+    assert ended == 75
+    assert calls[-2:] == ["told", "scontrol requeue 17"]
+
+
+def test_no_value_runs_a_command(tmp_path: Path) -> None:
+    odd = 'a\'b "c" $(touch pwned) `touch pwned` ; touch pwned # \\'
+    script = render(
+        dataclasses.replace(
+            submission(SubmitConfig()), job=PurePosixPath(odd), overrides=(odd, "\n")
+        )
+    )
+    _, calls = ran(script, tmp_path, status=0)
+    expected = ["-m", "hpctrain", "run", odd, "--set", odd, "--set", "", ""]
+    assert calls[3:] == [*expected, "--run-dir", "runs/digits/slurm-17", "--no-live"]
+    assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"partition": "a b"},
+        {"partition": "x\n#SBATCH --wrap=reboot"},
+        {"account": "$(reboot)"},
+        {"time": "tomorrow"},
+        {"memory": "1 G"},
+        {"array": "0-"},
+        {"array_key": "seed=1 --fresh"},
+        {"modules": ["gcc; reboot"]},
+        {"modules": [3]},
+    ],
+)
+def test_values_that_could_mean_something_else_are_refused(values: dict[str, object]) -> None:
+    with pytest.raises(JobError, match=re.escape(next(iter(values)))):
+        SubmitConfig(**values)
+
+
+@pytest.mark.parametrize("folder", ["/home/\n/x", '/home/"/x', "/home/$x", "/home/%j"])
+def test_folders_that_slurm_would_not_take_for_themselves(folder: str) -> None:
+    with pytest.raises(JobError, match="cannot name this folder"):
+        render(dataclasses.replace(submission(SubmitConfig()), folder=PurePosixPath(folder)))

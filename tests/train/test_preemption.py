@@ -1,0 +1,159 @@
+"""A run that is told to end saves, asks to be started again, and goes on with the same bits."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+if TYPE_CHECKING:
+    from conftest import Ended, Launch
+
+pytestmark = pytest.mark.launch
+
+# One rank tells itself, as a batch system would, at its fifth batch in training or evaluation.
+MODULE = """
+import os, signal, time
+import torch
+from hpctrain.world import launched_rank
+count = {True: 0, False: 0}
+def model():
+    return torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Dropout(), torch.nn.Linear(4, 1))
+def train_data(): return list(torch.rand(64, 3, generator=torch.Generator().manual_seed(0)))
+validation_data = train_data
+def loss(model, batch):
+    count[model.training] += 1
+    when, who, number = os.environ.get("TELL", "- 0 -").split()
+    here = "training" if model.training else "evaluation"
+    if (when, int(who)) == (here, launched_rank(os.environ)) and count[model.training] == 5:
+        os.kill(os.getpid(), int(number))
+    if os.path.exists("slow"):
+        time.sleep(0.02)
+    return model(batch).square().mean()
+"""
+KEYS = """
+train = { steps = 12, batch = 4, micro_batch = 1, eval_every = 5 }
+optimizer = { name = "adamw", lr = 0.01 }
+checkpoint = { every = 0 }
+run = { report = false }
+"""
+RUN = ("-m", "hpctrain", "run", "job.toml")
+MODES = {"allreduce": (), "coded": ("--set", "exchange.mode=coded", "--set", "coded.blocks=6")}
+REQUEUE = 75
+
+
+def parameters(run: Path) -> dict[str, torch.Tensor]:
+    (newest,) = sorted(run.glob("checkpoints/step-*"))[-1:]
+    state: dict[str, torch.Tensor] = torch.load(newest / "model.pt", weights_only=True)
+    return state
+
+
+class Undisturbed:
+    """Parameters at the end of runs that nobody told anything."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._known: dict[str, dict[str, torch.Tensor]] = {}
+
+    def of(self, mode: str, launch: Launch) -> dict[str, torch.Tensor]:
+        if mode not in self._known:
+            run = self._folder / mode
+            ended = launch(2, *RUN, *MODES[mode], "--run-dir", run)
+            assert ended.status == 0, ended.err
+            self._known[mode] = parameters(run)
+        return self._known[mode]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    return Undisturbed(tmp_path_factory.mktemp("undisturbed"))
+
+
+def assert_saved(launch: Launch, ended: Ended) -> int:
+    """That it asks to be started again; the step that is saved."""
+    assert ended.status == REQUEUE, ended.err
+    assert ended.err.count("told to end: saved at step") == 1
+    assert "Traceback" not in ended.err
+    facts = json.loads((launch.folder / "told" / "run.json").read_text())
+    assert facts["finished"] is False
+    (saved,) = (launch.folder / "told" / "checkpoints").glob("step-*")
+    return int(saved.name.removeprefix("step-"))
+
+
+@pytest.mark.any_mpi
+@pytest.mark.parametrize(
+    ("mode", "when", "who"),
+    [
+        ("allreduce", "training", 1),
+        ("allreduce", "evaluation", 0),
+        ("coded", "training", 1),
+        ("coded", "evaluation", 0),
+        pytest.param("allreduce", "training", 0, marks=pytest.mark.slow),
+        pytest.param("allreduce", "evaluation", 1, marks=pytest.mark.slow),
+        pytest.param("coded", "training", 0, marks=pytest.mark.slow),
+        pytest.param("coded", "evaluation", 1, marks=pytest.mark.slow),
+    ],
+)
+def test_whoever_is_told_all_save_and_go_on(
+    launch: Launch, undisturbed: Undisturbed, mode: str, when: str, who: int
+) -> None:
+    launch.job(MODULE, KEYS, name="job")
+    options = (*MODES[mode], "--run-dir", "told")
+    tell = f"{when} {who} {int(signal.SIGUSR1)}"
+    step = assert_saved(launch, launch(2, *RUN, *options, TELL=tell))
+    assert step == 5 if when == "evaluation" else 1 <= step <= 5
+    again = launch(2, *RUN, *options)
+    assert again.status == 0, again.err
+    assert f"resumed at step {step}" in again.err + again.out
+    told = parameters(launch.folder / "told")
+    for name, value in undisturbed.of(mode, launch).items():
+        assert torch.equal(value, told[name]), name
+
+
+@pytest.mark.any_mpi
+def test_sigterm_in_a_batch_job(launch: Launch) -> None:
+    launch.job(MODULE, KEYS, name="job")
+    tell = f"training 0 {int(signal.SIGTERM)}"
+    ended = launch(1, *RUN, "--run-dir", "told", TELL=tell, SLURM_JOB_ID="17")
+    assert_saved(launch, ended)
+    ended = launch(1, *RUN, "--run-dir", "told", TELL=tell)
+    assert ended.status == 128 + signal.SIGTERM
+
+
+@pytest.mark.any_mpi
+def test_a_step_that_is_saved_is_not_saved_again(launch: Launch) -> None:
+    launch.job(MODULE, KEYS, name="job")
+    options = ("--run-dir", "told", "--set", "checkpoint.every=1", "--set", "checkpoint.keep=1")
+    tell = f"training 0 {int(signal.SIGUSR1)}"
+    step = assert_saved(launch, launch(1, *RUN, *options, TELL=tell))
+    log = (launch.folder / "told" / "logs" / "rank-00000.log").read_text()
+    assert "already exists" not in log
+    assert step == 2  # four micro-batches a step: the fifth is in the second
+
+
+def test_the_launcher_passes_the_word_on(launch: Launch) -> None:
+    """As the batch script asks it to."""
+    launch.job(MODULE, KEYS, name="job")
+    (launch.folder / "slow").touch()
+    process = launch.start(2, *RUN, "--run-dir", "told", "--set", "train.steps=5000")
+    try:
+        metrics = launch.folder / "told" / "metrics.jsonl"
+        for _ in range(1200):
+            if metrics.exists() or process.poll() is not None:
+                break
+            time.sleep(0.05)
+        os.kill(process.pid, signal.SIGUSR1)
+        _, err = process.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        _, err = process.communicate()
+        pytest.fail(err)
+    assert process.returncode == REQUEUE, err
+    assert "told to end: saved at step" in err
