@@ -193,7 +193,7 @@ def _load_together(path: Path, overrides: Sequence[str]) -> LoadedJob:
 def _submit(chosen: argparse.Namespace) -> int:
     from hpctrain import job
     from hpctrain.submit import queue, script
-    from hpctrain.world import load_mpi
+    from hpctrain.world import library_name, load_mpi
 
     asked = {key: getattr(chosen, key) for key in SUBMIT_OPTIONS}
     options = [
@@ -208,7 +208,7 @@ def _submit(chosen: argparse.Namespace) -> int:
         Path(loaded.job.run.folder) / loaded.name,
         chosen.overrides,
         loaded.job.submit,
-        load_mpi().Get_library_version(),
+        library_name(load_mpi().Get_library_version()),
     )
     if chosen.dry_run:
         print(script.render(submission), end="")

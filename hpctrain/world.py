@@ -180,7 +180,7 @@ def current() -> World | None:
 
 def _join(device: torch.device) -> World:
     MPI = load_mpi()
-    library = " ".join(MPI.Get_library_version().split("\n")[0].split(",")[0].strip("\x00").split())
+    library = library_name(MPI.Get_library_version())
     refuse_foreign_launcher(os.environ, "Open MPI" in library, library)
     if not MPI.Is_initialized():
         with warnings.catch_warnings():  # of a foreign launcher, which is refused below
@@ -219,6 +219,11 @@ def _join(device: torch.device) -> World:
         torch.set_num_threads(max(1, int(world.cores_per_rank)))
     _install_abort_hook(world)
     return world
+
+
+def library_name(version: str) -> str:
+    """What an MPI library calls itself, in a few words of its version string's first line."""
+    return " ".join(version.split("\n")[0].split(",")[0].strip("\x00").split())
 
 
 def tells_of_deaths(environment: Mapping[str, str]) -> bool:

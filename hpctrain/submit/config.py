@@ -10,10 +10,12 @@ LAUNCHERS = ("auto", "srun", "mpirun")
 
 # These values stand in `#SBATCH` lines, where no shell quotes them: what could end a line, or begin
 # another option, is not allowed to begin with.
-_NAME = (r"[A-Za-z0-9_.+/@:-]*", "letters, digits and _ . + / @ : -")
-_TIME = (r"|\d+|\d+:\d\d(:\d\d)?|\d+-\d+(:\d\d){0,2}", "minutes, H:MM:SS or D-HH:MM:SS")
-_MEMORY = (r"|\d+[KMGT]?", "a number of megabytes, or one with K, M, G or T")
-_ARRAY = (r"|\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%\d+)?", "numbers and ranges, as in 0-3,7%2")
+_NAME = (r"[A-Za-z0-9_.,+/@:-]*", "letters, digits and _ . , + / @ : -")
+_MODULE = (r"[A-Za-z0-9_][A-Za-z0-9_.+/@:-]*", "letters, digits and, behind the first, . + / @ : -")
+_TIME = (r"|[0-9]+|([0-9]+-)?[0-9]+:[0-9]{2}:[0-9]{2}", "minutes, H:MM:SS or D-HH:MM:SS")
+_MEMORY = (r"|[0-9]+[KMGT]?", "a number of megabytes, or one with K, M, G or T")
+_SPAN = "[0-9]+(-[0-9]+(:[0-9]+)?)?"
+_ARRAY = (f"|{_SPAN}(,{_SPAN})*(%[0-9]+)?", "numbers and ranges, as in 0-3,7%2")
 _KEY = (r"[A-Za-z0-9_.-]+", "a key of the job file")
 
 
@@ -53,7 +55,7 @@ class SubmitConfig:
     """What starts ranks; by default what the MPI library and the cluster agree on."""
     survivors: bool = False
     """Whether ranks live on when others die, as coded runs can; Open MPI's mpirun only."""
-    modules: list[str] = option([], pattern=_NAME)
+    modules: list[str] = option([], pattern=_MODULE)
     """Environment modules to load."""
 
     def __post_init__(self) -> None:

@@ -12,6 +12,7 @@ from hpctrain.errors import ExitCode, JobError
 from hpctrain.submit.config import SubmitConfig
 from hpctrain.submit.launcher import Launcher
 
+_AGAIN = int(ExitCode.REQUEUE)
 _SAFE_PATH = r"[A-Za-z0-9_.+/@:,=~ -]+"
 
 
@@ -69,6 +70,7 @@ def _header(submission: Submission) -> Iterator[str]:
         "output": f'"{log_of(submission)}"',
         "open-mode": "append",
         "nodes": config.nodes,
+        "ntasks": config.nodes * config.tasks_per_node,
         "ntasks-per-node": config.tasks_per_node,
         "cpus-per-task": config.cpus_per_task,
         "gpus-per-node": config.gpus_per_node,
@@ -86,34 +88,44 @@ def _header(submission: Submission) -> Iterator[str]:
         if value:
             yield f"#SBATCH --{name}={value}"
     yield "#SBATCH --requeue" if config.requeue else "#SBATCH --no-requeue"
+    if config.survivors:
+        yield "#SBATCH --no-kill"
 
 
 def _body(submission: Submission) -> Iterator[str]:
     config = submission.config
-    yield f"# Rendered by hpctrain submit {_quoted(submission.job)}"
-    yield f"# Launcher: {submission.launcher.reason}"
+    yield _comment(f"Rendered by hpctrain submit {submission.job}")
+    yield _comment(f"Launcher: {submission.launcher.reason}")
+    yield _comment(f"If you submit it yourself, first: mkdir -p {_quoted(submission.runs)}")
+    yield from (
+        "",
+        f"# Slurm tells this shell ahead of the time limit; ranks save and end with {_AGAIN} then.",
+        "launcher= told=",
+        'pass_on() { [ -z "$launcher" ] || kill -USR1 "$launcher"; }',
+        "trap 'told=1; pass_on' USR1",
+        "trap pass_on TERM",
+        "",
+    )
     for module in config.modules:
-        yield f"module load {_quoted(module)}"
+        yield f"module load {_quoted(module)} || exit {int(ExitCode.UNFIT)}"
+    if config.cpus_per_task:
+        yield 'export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"'
     yield (
         'echo "hpctrain: job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}, '
         'on $SLURM_JOB_NODELIST"'
     )
     yield from (
-        "",
-        "# Slurm tells this shell ahead of the time limit; ranks then save and end with "
-        f"{int(ExitCode.REQUEUE)}.",
-        "launcher=",
-        'trap \'[ -z "$launcher" ] || kill -USR1 "$launcher"\' USR1 TERM',
-        "",
         f"{_command(submission)} &",
         "launcher=$!",
+        '[ -z "$told" ] || pass_on',
         "# A signal ends `wait`, but not yet what it waits for.",
         'while kill -0 "$launcher" 2>/dev/null; do wait "$launcher"; done',
         'wait "$launcher"',
         "status=$?",
     )
     if config.requeue:
-        yield (f'[ "$status" -ne {int(ExitCode.REQUEUE)} ] || scontrol requeue "$SLURM_JOB_ID"')
+        yield "# Not after SIGTERM alone: Slurm requeues what it preempts; what is cancelled is over."
+        yield f'[ "$told$status" != 1{_AGAIN} ] || scontrol requeue "$SLURM_JOB_ID"'
     yield 'exit "$status"'
 
 
@@ -132,6 +144,11 @@ def _command(submission: Submission) -> str:
         "--no-live",
     ]
     return " ".join(words)
+
+
+def _comment(text: str) -> str:
+    """One line, whatever the text."""
+    return f"# {' '.join(''.join(c if c.isprintable() else ' ' for c in text).split())}"
 
 
 def _quoted(value: object) -> str:

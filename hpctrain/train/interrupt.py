@@ -55,8 +55,10 @@ def told_when_interrupted(
     in_batch = is_in_batch(os.environ)
 
     def ask(number: int, frame: Any) -> None:
-        if os.getpid() == process:  # not a child that inherited this handler
+        if os.getpid() == process:
             stop.has_come = True
+        elif number == signal.SIGTERM:  # a child that inherited this handler: its parent ends it
+            os._exit(128 + number)
 
     def terminate(number: int, frame: Any) -> None:
         if os.getpid() != process:
@@ -77,8 +79,8 @@ def told_when_interrupted(
             signal.SIGTERM if isinstance(interrupt, _TerminatedError) else signal.SIGINT,
         )
     finally:
-        for number in ours:
-            signal.signal(number, signal.SIG_DFL)
+        for number in ours:  # what comes again while this rank ends must not change its status
+            signal.signal(number, signal.SIG_IGN if stop.has_come else signal.SIG_DFL)
 
 
 def _end(world: World, text: Callable[[], str], number: int) -> None:

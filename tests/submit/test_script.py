@@ -100,10 +100,18 @@ def test_the_status_of_ranks_is_that_of_the_job(tmp_path: Path, status: int) -> 
 
 @pytest.mark.parametrize("signal", ["USR1", "TERM"])
 def test_ranks_are_told_to_end_and_the_job_goes_back(tmp_path: Path, signal: str) -> None:
+    """But for what Slurm itself ends: it is preempted, and requeued by Slurm, or cancelled."""
     script = render(submission(SubmitConfig()))
     ended, calls = ran(script, tmp_path, status=75, signal=signal)
     assert ended == 75
-    assert calls[-2:] == ["told", "scontrol requeue 17"]
+    assert calls[calls.index("told") :] == ["told", *["scontrol requeue 17"] * (signal == "USR1")]
+
+
+def test_what_others_say_of_themselves_stays_a_comment() -> None:
+    text = render(submission(SubmitConfig(), Launcher(("srun",), "MPICH\nreboot\0")))
+    assert "# Launcher: MPICH reboot\n" in text
+    odd = dataclasses.replace(submission(SubmitConfig()), job=PurePosixPath("a\nreboot"))
+    assert "# Rendered by hpctrain submit a reboot\n" in render(odd)
 
 
 def test_no_value_runs_a_command(tmp_path: Path) -> None:
@@ -131,6 +139,9 @@ def test_no_value_runs_a_command(tmp_path: Path) -> None:
         {"array_key": "seed=1 --fresh"},
         {"modules": ["gcc; reboot"]},
         {"modules": [3]},
+        {"modules": [""]},
+        {"modules": ["--force"]},
+        {"time": "1:30"},
     ],
 )
 def test_values_that_could_mean_something_else_are_refused(values: dict[str, object]) -> None:

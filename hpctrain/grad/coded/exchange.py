@@ -314,7 +314,7 @@ class Coded:
         self._end_copies()
         worker.begin(self._round, blocks, None, own)
         while not worker.is_over:
-            self._has_given_up = self.coordinator is not None and unless()
+            self._has_given_up = unless() and self.coordinator is not None
             if self._has_given_up:
                 return None
             block = worker.next_block()

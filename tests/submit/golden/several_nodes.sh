@@ -4,6 +4,7 @@
 #SBATCH --output="runs/digits/slurm-%j.log"
 #SBATCH --open-mode=append
 #SBATCH --nodes=8
+#SBATCH --ntasks=16
 #SBATCH --ntasks-per-node=2
 #SBATCH --cpus-per-task=16
 #SBATCH --mem=64G
@@ -15,19 +16,25 @@
 
 # Rendered by hpctrain submit jobs/digits.toml
 # Launcher: started by srun's pmix
-module load gcc/13
-module load openmpi/5.0
+# If you submit it yourself, first: mkdir -p runs/digits
+
+# Slurm tells this shell ahead of the time limit; ranks save and end with 75 then.
+launcher= told=
+pass_on() { [ -z "$launcher" ] || kill -USR1 "$launcher"; }
+trap 'told=1; pass_on' USR1
+trap pass_on TERM
+
+module load gcc/13 || exit 3
+module load openmpi/5.0 || exit 3
+export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"
 echo "hpctrain: job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}, on $SLURM_JOB_NODELIST"
-
-# Slurm tells this shell ahead of the time limit; ranks then save and end with 75.
-launcher=
-trap '[ -z "$launcher" ] || kill -USR1 "$launcher"' USR1 TERM
-
 srun --mpi=pmix --kill-on-bad-exit=1 /home/me/venv/bin/python -m hpctrain run jobs/digits.toml --set train.steps=20 --set 'schedule.name='"'"'cosine'"'"'; echo pwned' --run-dir runs/digits/"slurm-$SLURM_JOB_ID" --no-live &
 launcher=$!
+[ -z "$told" ] || pass_on
 # A signal ends `wait`, but not yet what it waits for.
 while kill -0 "$launcher" 2>/dev/null; do wait "$launcher"; done
 wait "$launcher"
 status=$?
-[ "$status" -ne 75 ] || scontrol requeue "$SLURM_JOB_ID"
+# Not after SIGTERM alone: Slurm requeues what it preempts; what is cancelled is over.
+[ "$told$status" != 175 ] || scontrol requeue "$SLURM_JOB_ID"
 exit "$status"
