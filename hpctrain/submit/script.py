@@ -100,9 +100,9 @@ def _body(submission: Submission) -> Iterator[str]:
     yield from (
         "",
         f"# Slurm tells this shell ahead of the time limit; ranks save and end with {_AGAIN} then.",
-        "launcher= told=",
-        'pass_on() { [ -z "$launcher" ] || kill -USR1 "$launcher"; }',
-        "trap 'told=1; pass_on' USR1",
+        "launcher= told= warned=",
+        'pass_on() { told=1; [ -z "$launcher" ] || kill -USR1 "$launcher"; }',
+        "trap 'warned=1; pass_on' USR1",
         "trap pass_on TERM",
         "",
     )
@@ -124,8 +124,8 @@ def _body(submission: Submission) -> Iterator[str]:
         "status=$?",
     )
     if config.requeue:
-        yield "# Not after SIGTERM alone: Slurm requeues what it preempts; what is cancelled is over."
-        yield f'[ "$told$status" != 1{_AGAIN} ] || scontrol requeue "$SLURM_JOB_ID"'
+        yield "# Not after SIGTERM alone: Slurm requeues what it preempts, and nothing cancelled."
+        yield f'[ "$warned$status" != 1{_AGAIN} ] || scontrol requeue "$SLURM_JOB_ID"'
     yield 'exit "$status"'
 
 

@@ -15,9 +15,9 @@
 # If you submit it yourself, first: mkdir -p runs/digits
 
 # Slurm tells this shell ahead of the time limit; ranks save and end with 75 then.
-launcher= told=
-pass_on() { [ -z "$launcher" ] || kill -USR1 "$launcher"; }
-trap 'told=1; pass_on' USR1
+launcher= told= warned=
+pass_on() { told=1; [ -z "$launcher" ] || kill -USR1 "$launcher"; }
+trap 'warned=1; pass_on' USR1
 trap pass_on TERM
 
 echo "hpctrain: job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}, on $SLURM_JOB_NODELIST"
@@ -28,6 +28,6 @@ launcher=$!
 while kill -0 "$launcher" 2>/dev/null; do wait "$launcher"; done
 wait "$launcher"
 status=$?
-# Not after SIGTERM alone: Slurm requeues what it preempts; what is cancelled is over.
-[ "$told$status" != 175 ] || scontrol requeue "$SLURM_JOB_ID"
+# Not after SIGTERM alone: Slurm requeues what it preempts, and nothing cancelled.
+[ "$warned$status" != 175 ] || scontrol requeue "$SLURM_JOB_ID"
 exit "$status"
