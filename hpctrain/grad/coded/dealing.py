@@ -1,8 +1,9 @@
 """Who computes which data block of a round: own ones first, then those that would come too late.
 
 Pure bookkeeping of the root; time is passed in. A worker computes its own data blocks in order. One
-that has finished them is asked for the data block that is expected last, if it would have it before
-the one who is at it, by a margin: without stragglers nothing is computed twice.
+that has finished them, or is about to, is asked for the data block that is expected last, if it
+would have it before the one who is at it, by a margin: without stragglers, nothing is
+computed twice.
 
 What is known of a worker's pace is what it showed in earlier rounds, and how long it has been
 silent in this one. One that takes longer than expected is expected to take longer still.
@@ -24,6 +25,11 @@ MARGIN = 0.25
 """A backup is asked only if it would be faster by this part of the time that it needs."""
 OVERDUE = 2.0
 """A data block that takes longer than expected is expected to take this much of the excess more."""
+AHEAD_S = 1.5e-2
+"""How long before it would have nothing to do a worker is asked for more: it hears late, and what
+is not known yet may change whom to help."""
+AHEAD = 0.5
+"""The same at most, as a part of the time of a data block."""
 REMEMBERED = 8
 """Rounds over whose median a worker's pace is taken: one slow round does not make a slow worker."""
 GAIN = 0.1
@@ -192,14 +198,19 @@ class Round:
         return [order for block in missing for order in self._is_there(block, worker, now)]
 
     def decide(self, now: float) -> list[Order]:
-        """Ask workers that have nothing to do for data blocks that would come too late."""
+        """Ask workers that are free, or will be soon, for data blocks that would come too late."""
         orders: list[Order] = []
-        idle = [w for w, p in enumerate(self._progress) if p.joined and not p.waiting]
-        if not idle:
+        free_s = {
+            worker: free_s
+            for worker, progress in enumerate(self._progress)
+            if progress.joined and worker not in self.out
+            if (free_s := self._free_s(worker, now)) is not None
+        }
+        if not free_s:
             return orders
         first_s = self._first_s(now)
-        for worker in idle:
-            block = self._choice(worker, first_s, now) if worker not in self.out else None
+        for worker, from_s in free_s.items():
+            block = self._choice(worker, first_s, from_s)
             if block is not None:
                 orders += self._ask(worker, block, now)
                 first_s = self._first_s(now)
@@ -225,6 +236,14 @@ class Round:
                 progress.at_least_s = max(progress.at_least_s, now - progress.since_s)
             self._paces.record(worker, progress.took_s, progress.at_least_s)
 
+    def _free_s(self, worker: int, now: float) -> float | None:
+        """When a worker will have nothing to do, if that is now or soon."""
+        if not self._progress[worker].waiting:
+            return now
+        *others, (_, last_s) = self.expected_s(worker, now)
+        is_soon = last_s - now <= min(AHEAD_S, AHEAD * self._pace(worker))
+        return last_s if is_soon and not others else None
+
     def _pace(self, worker: int) -> float:
         """Seconds a data block: what the worker showed in this round, or else before."""
         took_s = self._progress[worker].took_s
@@ -240,13 +259,13 @@ class Round:
                     first_s[block] = min(expected_s, first_s[block])
         return first_s
 
-    def _choice(self, worker: int, first_s: Mapping[int, float], now: float) -> int | None:
+    def _choice(self, worker: int, first_s: Mapping[int, float], from_s: float) -> int | None:
         """The data block that the worker should compute as well: the one that would come last.
 
         While nobody knows how long a data block takes, one that nobody else will compute.
         """
         is_known = self._paces.known or bool(self.done_by)
-        mine_s = now + self._pace(worker) * (1 + MARGIN) if is_known else sys.float_info.max
+        mine_s = from_s + self._pace(worker) * (1 + MARGIN) if is_known else sys.float_info.max
         holders = self.assignment.holders
         late = [
             (expected_s, -block)
@@ -258,8 +277,9 @@ class Round:
     def _ask(self, worker: int, block: int, now: float) -> list[Order]:
         at_it = [w for w, progress in enumerate(self._progress) if block in progress.waiting]
         progress = self._progress[worker]
+        if not progress.waiting:
+            progress.since_s = now
         progress.helps.append(block)
-        progress.since_s = now
         orders = [Order(Act.HELP, worker, block)]
         for other in at_it:
             theirs = self._progress[other]

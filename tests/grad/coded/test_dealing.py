@@ -11,7 +11,17 @@ from math import inf, isclose
 import pytest
 
 from hpctrain.grad.coded.assignment import Assignment, place
-from hpctrain.grad.coded.dealing import MARGIN, PATIENCE, Act, Order, Owners, Paces, Round
+from hpctrain.grad.coded.dealing import (
+    AHEAD,
+    AHEAD_S,
+    MARGIN,
+    PATIENCE,
+    Act,
+    Order,
+    Owners,
+    Paces,
+    Round,
+)
 from hpctrain.straggling import smallest_time
 
 WORKERS, BLOCKS = 8, 32
@@ -239,16 +249,18 @@ def orders(*said: tuple[Act, int, int]) -> set[Order]:
 
 
 class Clock:
-    """A round of workers 0, 1, 2, of which each holds everything; a data block takes 1 s."""
+    """A round of workers 0, 1, 2, of which each holds everything; a data block takes so long."""
 
-    def __init__(self, owned: int = 2, workers: int = 3, known: bool = True) -> None:
+    def __init__(
+        self, owned: int = 2, workers: int = 3, known: bool = True, seconds: float = 1.0
+    ) -> None:
         others = {w: [v for v in range(workers) if v != w] for w in range(workers)}
         holders = tuple((w, *others[w]) for w in range(workers) for _ in range(owned))
         self.assignment = Assignment(workers, holders)
         self.paces = Paces(workers)
         if known:
             for worker in range(workers):
-                self.paces.record(worker, [1.0], 0)
+                self.paces.record(worker, [seconds], 0)
         self.round = Round(self.assignment, self.paces, 0.0)
 
     def join(self, *workers: int, now: float = 0.0) -> None:
@@ -269,17 +281,58 @@ def test_the_straggler_is_told_what_others_do() -> None:
     clock.done(1, 2, now=1)
     assert not clock.decide(1)
     clock.done(0, 1, now=2)
-    # Worker 2 is at block 4, and 1 s late: the one behind it is expected last.
-    assert clock.decide(2) == orders((Act.HELP, 0, 5), (Act.LEAVE, 2, 5))
+    # Worker 2 is at block 4, and 1 s late: the one behind it is expected last. Then block 4, which
+    # it may well finish first. It goes on. Worker 1 is expected to be done by now.
+    assert clock.decide(2) == orders(
+        (Act.HELP, 0, 5), (Act.LEAVE, 2, 5), (Act.HELP, 1, 4), (Act.TAKEN, 2, 4)
+    )
     clock.done(1, 3, now=2)
-    # Then at block 4, which it may well finish first. It goes on.
-    assert clock.decide(2) == orders((Act.HELP, 1, 4), (Act.TAKEN, 2, 4))
+    assert not clock.decide(2)
     assert clock.done(0, 5, now=3) == set()
     assert clock.done(2, 4, now=3.5) == orders((Act.DROP, 1, 4))
     assert is_complete(clock.round)
     assert clock.round.done_by == {0: 0, 1: 0, 2: 1, 3: 1, 4: 2, 5: 0}
     assert not clock.round.redundant
     assert not clock.decide(4)
+
+
+def test_a_helper_is_asked_before_it_has_nothing_to_do() -> None:
+    clock = Clock()
+    clock.join(0, 1, 2)
+    clock.done(0, 0, now=1)
+    clock.done(1, 2, now=1)
+    clock.done(0, 1, now=1.9)
+    clock.decide(1.9)
+    assert not clock.decide(2 - 2 * AHEAD_S)
+    assert clock.decide(2 - AHEAD_S / 2) == orders((Act.HELP, 1, 4), (Act.TAKEN, 2, 4))
+    # It still has to finish its own, and has begun the other only then.
+    assert not clock.done(1, 3, now=2)
+    assert clock.round.expected_s(1, 2.5) == [(4, 3.0)]
+    assert not clock.done(1, 4, now=3) - orders((Act.DROP, 2, 4))
+
+
+def test_what_a_helper_has_not_begun_is_taken_back_when_it_is_there() -> None:
+    clock = Clock()
+    clock.join(0, 1, 2)
+    clock.done(0, 0, now=1)
+    clock.done(1, 2, now=1)
+    clock.done(0, 1, now=1.9)
+    clock.decide(1.9)
+    assert (Act.HELP, 1, 4) in {(o.act, o.worker, o.block) for o in clock.decide(2 - AHEAD_S / 2)}
+    assert clock.done(2, 4, now=1.999) == orders((Act.DROP, 1, 4))
+    assert clock.round.expected_s(1, 1.999) == [(3, 2.0)]
+    assert not clock.done(1, 3, now=2)
+    assert not clock.round.redundant
+
+
+def test_short_data_blocks_are_asked_for_later() -> None:
+    clock = Clock(seconds=AHEAD_S)
+    clock.join(0, 1, 2)
+    clock.done(0, 0, now=AHEAD_S)
+    clock.done(1, 2, now=AHEAD_S)
+    asked = {order.worker for order in clock.decide(AHEAD_S) | clock.decide(1.4 * AHEAD_S)}
+    assert not asked
+    assert 0 in {order.worker for order in clock.decide((2 - AHEAD / 2) * AHEAD_S)}
 
 
 def test_one_helper_is_enough_while_it_is_on_time() -> None:
