@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from hpctrain import __version__
 from hpctrain.errors import ExitCode, HpctrainError, JobError, UnfitError
+from hpctrain.stop import StopRequest
 
 if TYPE_CHECKING:
     from hpctrain.job import LoadedJob
@@ -150,13 +151,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(chosen: argparse.Namespace) -> int:
+    stop = StopRequest()
+    stop.listen(os.environ)
     # Imported here, so that a mistyped command line is answered before torch is loaded.
     from hpctrain import report
     from hpctrain.world import join
 
     loaded = _load_together(chosen.job, chosen.overrides)
     world = join()
-    trainer = loaded.trainer(world, chosen.run_dir, chosen.fresh)
+    trainer = loaded.trainer(world, chosen.run_dir, chosen.fresh, stop)
     if chosen.live is not None:
         trainer.console.live = chosen.live
     trainer.run()

@@ -38,6 +38,7 @@ from hpctrain.data.generators import seed_generators
 from hpctrain.errors import ExchangeError, JobError, MismatchError
 from hpctrain.grad.coded.config import CodedConfig
 from hpctrain.grad.config import ExchangeConfig
+from hpctrain.stop import StopRequest
 from hpctrain.submit.config import SubmitConfig
 from hpctrain.train.checkpoint import CheckpointConfig
 from hpctrain.train.coded_loop import CodedTrainer
@@ -147,7 +148,13 @@ class LoadedJob:
                 else None,
             ) from error
 
-    def trainer(self, world: World, chosen: Path | None = None, fresh: bool = False) -> Trainer:
+    def trainer(
+        self,
+        world: World,
+        chosen: Path | None = None,
+        fresh: bool = False,
+        stop: StopRequest | None = None,
+    ) -> Trainer:
         """A trainer for this job. Collective.
 
         Raises:
@@ -179,6 +186,7 @@ class LoadedJob:
                 facts=self._facts(parts),
                 chosen=chosen,
                 fresh=fresh,
+                stop=stop,
             )
         except (MismatchError, ExchangeError) as error:  # of the model: the job is to be mended
             raise JobError(

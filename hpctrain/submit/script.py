@@ -100,10 +100,9 @@ def _body(submission: Submission) -> Iterator[str]:
     yield from (
         "",
         f"# Slurm tells this shell ahead of the time limit; ranks save and end with {_AGAIN} then.",
-        "launcher= told= warned=",
+        "launcher= told=",
         'pass_on() { told=1; [ -z "$launcher" ] || kill -USR1 "$launcher"; }',
-        "trap 'warned=1; pass_on' USR1",
-        "trap pass_on TERM",
+        "trap pass_on USR1 TERM",
         "",
     )
     for module in config.modules:
@@ -124,8 +123,15 @@ def _body(submission: Submission) -> Iterator[str]:
         "status=$?",
     )
     if config.requeue:
-        yield "# Not after SIGTERM alone: Slurm requeues what it preempts, and nothing cancelled."
-        yield f'[ "$warned$status" != 1{_AGAIN} ] || scontrol requeue "$SLURM_JOB_ID"'
+        yield from (
+            "# Back into the queue: what was told to end and has saved, and what is preempted but",
+            "# ended before Slurm ended it. Not what was cancelled, which is no longer RUNNING.",
+            'case "$status $(scontrol -o show job "$SLURM_JOB_ID")" in',
+            '  "0 "*) ;;',
+            f'  "{_AGAIN} "*JobState=RUNNING* | *JobState=RUNNING*PreemptTime=2*)',
+            '    scontrol requeue "$SLURM_JOB_ID" ;;',
+            "esac",
+        )
     yield 'exit "$status"'
 
 

@@ -1,8 +1,4 @@
-"""What the user is told when a run is interrupted, and how its ranks end.
-
-Batch systems tell a job ahead of time that it will be ended. Such a word only sets a flag: the
-training loop looks at it, saves, and ends with a status that asks to be started again.
-"""
+"""What the user is told when a run is interrupted, and how its ranks end."""
 
 from __future__ import annotations
 
@@ -12,26 +8,15 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from hpctrain.stop import StopRequest
 from hpctrain.world import World
 
 _PATIENCE_S = 1.0
 _log = logging.getLogger("hpctrain")
-
-
-class StopRequest:
-    """Whether this rank was told that it will be ended soon."""
-
-    def __init__(self) -> None:
-        self.has_come = False
-
-
-def is_in_batch(environment: Mapping[str, str]) -> bool:
-    """Whether SIGTERM means that a batch system is about to end the job, as Slurm's preemption."""
-    return "SLURM_JOB_ID" in environment
 
 
 class _TerminatedError(KeyboardInterrupt):
@@ -52,24 +37,17 @@ def told_when_interrupted(
         stop: told of it.
     """
     process = os.getpid()
-    in_batch = is_in_batch(os.environ)
-
-    def ask(number: int, frame: Any) -> None:
-        if os.getpid() == process:
-            stop.has_come = True
-        elif number == signal.SIGTERM:  # a child that inherited this handler: its parent ends it
-            os._exit(128 + number)
 
     def terminate(number: int, frame: Any) -> None:
         if os.getpid() != process:
             os._exit(128 + number)
         raise _TerminatedError
 
-    handlers = {signal.SIGTERM: ask if in_batch else terminate, signal.SIGUSR1: ask}
+    ours = stop.listen(os.environ)
     is_main = threading.current_thread() is threading.main_thread()
-    ours = [n for n in handlers if is_main and signal.getsignal(n) is signal.SIG_DFL]
-    for number in ours:
-        signal.signal(number, handlers[number])
+    if is_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, terminate)
+        ours.append(signal.SIGTERM)
     try:
         yield
     except KeyboardInterrupt as interrupt:

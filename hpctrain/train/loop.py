@@ -23,13 +23,14 @@ from hpctrain.errors import JobError, StoppedError, TrainingError
 from hpctrain.grad.accumulate import accumulate
 from hpctrain.grad.blocks import Block, gradient_norm
 from hpctrain.grad.data_parallel import DataParallel
+from hpctrain.stop import StopRequest
 from hpctrain.trace import now_s
 from hpctrain.train import checkpoint, resume
 from hpctrain.train.checks import check_same_data, loss_mistake
 from hpctrain.train.console import Console, Progress, RankLog
 from hpctrain.train.device import device_of, moved
 from hpctrain.train.inject import Injection
-from hpctrain.train.interrupt import StopRequest, told_when_interrupted
+from hpctrain.train.interrupt import told_when_interrupted
 from hpctrain.train.metrics import Metrics, StepFigures
 from hpctrain.train.optimizer import build_optimizer
 from hpctrain.train.run_folder import open_run
@@ -54,6 +55,7 @@ class Trainer:
             earlier run may be continued.
         chosen: run folder to use, instead of a new or an unfinished one.
         fresh: do not continue an earlier run.
+        stop: what listens already for the word that this rank is to end.
     """
 
     model: nn.Module
@@ -71,6 +73,7 @@ class Trainer:
         facts: Mapping[str, Any],
         chosen: Path | None = None,
         fresh: bool = False,
+        stop: StopRequest | None = None,
     ) -> None:
         self.world = world
         self.parts = parts
@@ -123,7 +126,7 @@ class Trainer:
         self._loss_checked = False
         self._read_back = True
         self._saved_at = -1
-        self._stop = StopRequest()
+        self._stop = stop or StopRequest()
         self._stop_vote: Ticket | None = None
         """Of all ranks, in the present step."""
         self._stops = False

@@ -66,7 +66,14 @@ def test_scripts_are_valid_shell(name: str) -> None:
     subprocess.run(["bash", "-n", GOLDEN / f"{name}.sh"], check=True)
 
 
-def ran(script: str, folder: Path, *, status: int, signal: str = "") -> tuple[int, list[str]]:
+RUNNING = "JobId=17 JobState=RUNNING Requeue=1 PreemptTime=None"
+PREEMPTED = RUNNING.replace("None", "2026-11-26T11:18:20")
+CANCELLED = RUNNING.replace("RUNNING", "COMPLETING")
+
+
+def ran(
+    script: str, folder: Path, *, status: int, signal: str = "", state: str = RUNNING
+) -> tuple[int, list[str]]:
     """Run a script with a launcher and an scontrol that write down how they were called."""
     tools = folder / "tools"
     tools.mkdir()
@@ -78,7 +85,8 @@ def ran(script: str, folder: Path, *, status: int, signal: str = "") -> tuple[in
     )
     for name, text in {
         "srun": launcher,
-        "scontrol": f"#!/bin/bash\necho scontrol $@ >>{calls}\n",
+        "scontrol": "#!/bin/bash\n"
+        f"case $1 in requeue) echo scontrol $@ >>{calls};; *) echo '{state}';; esac\n",
     }.items():
         (tools / name).write_text(text)
         (tools / name).chmod(0o755)
@@ -91,20 +99,29 @@ def ran(script: str, folder: Path, *, status: int, signal: str = "") -> tuple[in
     return ended.returncode, calls.read_text().splitlines()
 
 
-@pytest.mark.parametrize("status", [0, 1, 2, 137])
-def test_the_status_of_ranks_is_that_of_the_job(tmp_path: Path, status: int) -> None:
-    ended, calls = ran(render(submission(SubmitConfig())), tmp_path, status=status)
+@pytest.mark.parametrize("status", [0, 1, 2, 75, 137])
+@pytest.mark.parametrize("state", [RUNNING, PREEMPTED, CANCELLED])
+def test_status_and_requeueing(tmp_path: Path, status: int, state: str) -> None:
+    """The status of the ranks is that of the job; what saved or was preempted is queued again."""
+    script = render(submission(SubmitConfig()))
+    ended, calls = ran(script, tmp_path, status=status, state=state)
     assert ended == status
-    assert not any(line.startswith("scontrol") for line in calls)
+    again = (status == 75 and state != CANCELLED) or (status != 0 and state == PREEMPTED)
+    assert ("scontrol requeue 17" in calls) == again
+
+
+def test_what_must_not_be_requeued(tmp_path: Path) -> None:
+    script = render(submission(SubmitConfig(requeue=False)))
+    _, calls = ran(script, tmp_path, status=75, state=PREEMPTED)
+    assert "scontrol requeue 17" not in calls
 
 
 @pytest.mark.parametrize("signal", ["USR1", "TERM"])
-def test_ranks_are_told_to_end_and_the_job_goes_back(tmp_path: Path, signal: str) -> None:
-    """But for what Slurm itself ends: it is preempted, and requeued by Slurm, or cancelled."""
+def test_ranks_are_told_to_end(tmp_path: Path, signal: str) -> None:
     script = render(submission(SubmitConfig()))
     ended, calls = ran(script, tmp_path, status=75, signal=signal)
     assert ended == 75
-    assert calls[calls.index("told") :] == ["told", *["scontrol requeue 17"] * (signal == "USR1")]
+    assert calls[calls.index("told") :] == ["told", "scontrol requeue 17"]
 
 
 def test_what_others_say_of_themselves_stays_a_comment() -> None:

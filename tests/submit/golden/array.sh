@@ -15,10 +15,9 @@
 # If you submit it yourself, first: mkdir -p runs/digits
 
 # Slurm tells this shell ahead of the time limit; ranks save and end with 75 then.
-launcher= told= warned=
+launcher= told=
 pass_on() { told=1; [ -z "$launcher" ] || kill -USR1 "$launcher"; }
-trap 'warned=1; pass_on' USR1
-trap pass_on TERM
+trap pass_on USR1 TERM
 
 echo "hpctrain: job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}, on $SLURM_JOB_NODELIST"
 srun --mpi=pmix --kill-on-bad-exit=1 /home/me/venv/bin/python -m hpctrain run jobs/digits.toml --set train.steps=20 --set 'schedule.name='"'"'cosine'"'"'; echo pwned' --set "seed=$SLURM_ARRAY_TASK_ID" --run-dir runs/digits/"slurm-${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" --no-live &

@@ -15,10 +15,9 @@
 # If you submit it yourself, first: mkdir -p runs/digits
 
 # Slurm tells this shell ahead of the time limit; ranks save and end with 75 then.
-launcher= told= warned=
+launcher= told=
 pass_on() { told=1; [ -z "$launcher" ] || kill -USR1 "$launcher"; }
-trap 'warned=1; pass_on' USR1
-trap pass_on TERM
+trap pass_on USR1 TERM
 
 echo "hpctrain: job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}, on $SLURM_JOB_NODELIST"
 mpirun --with-ft ulfm -n "$SLURM_NTASKS" /home/me/venv/bin/python -m hpctrain run jobs/digits.toml --set train.steps=20 --set 'schedule.name='"'"'cosine'"'"'; echo pwned' --run-dir runs/digits/"slurm-$SLURM_JOB_ID" --no-live &
@@ -28,6 +27,11 @@ launcher=$!
 while kill -0 "$launcher" 2>/dev/null; do wait "$launcher"; done
 wait "$launcher"
 status=$?
-# Not after SIGTERM alone: Slurm requeues what it preempts, and nothing cancelled.
-[ "$warned$status" != 175 ] || scontrol requeue "$SLURM_JOB_ID"
+# Back into the queue: what was told to end and has saved, and what is preempted but
+# ended before Slurm ended it. Not what was cancelled, which is no longer RUNNING.
+case "$status $(scontrol -o show job "$SLURM_JOB_ID")" in
+  "0 "*) ;;
+  "75 "*JobState=RUNNING* | *JobState=RUNNING*PreemptTime=2*)
+    scontrol requeue "$SLURM_JOB_ID" ;;
+esac
 exit "$status"

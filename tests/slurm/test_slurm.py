@@ -1,0 +1,181 @@
+"""The main job on a real Slurm: it ends with the bits of a run that nobody disturbed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from hpctrain.submit.launcher import family_of
+from hpctrain.world import library_name, load_mpi
+
+if TYPE_CHECKING:
+    from conftest import Launch
+
+    from .conftest import Job, Slurm, Submitter
+
+pytestmark = pytest.mark.launch
+
+MAIN_JOB = Path(__file__).parents[2] / "jobs" / "stdlib_lm.toml"
+VALUES = (
+    *("model.width=16", "model.heads=2", "model.layers=1", "train.batch=8", "train.steps=1500"),
+    *("schedule.warmup=10", "run.report=false", "run.line_s=0.2", "checkpoint.every=0"),
+)
+SET = tuple(word for value in VALUES for word in ("--set", value))
+TWO_RANKS = ("--nodes", "1", "--ntasks-per-node", "2")
+IN_TRAINING = "samples/s"
+"""What the log says only while it trains."""
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "PREEMPTED", "NODE_FAIL", "OUT_OF_MEMORY")
+
+
+def parameters(run: Path) -> dict[str, torch.Tensor]:
+    """Of the newest checkpoint."""
+    newest = max(run.glob("checkpoints/step-*"))
+    state: dict[str, torch.Tensor] = torch.load(newest / "model.pt", weights_only=True)
+    return state
+
+
+class Undisturbed:
+    """Parameters at the end of runs without Slurm, by seed."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._known: dict[int, dict[str, torch.Tensor]] = {}
+
+    def of(self, launch: Launch, seed: int = 1) -> dict[str, torch.Tensor]:
+        if seed not in self._known:
+            run = self._folder / str(seed)
+            seeded = ("--set", f"seed={seed}", "--run-dir", run)
+            ended = launch(2, "-m", "hpctrain", "run", MAIN_JOB, *SET, *seeded)
+            assert ended.status == 0, ended.err
+            self._known[seed] = parameters(run)
+        return self._known[seed]
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    return Undisturbed(tmp_path_factory.mktemp("undisturbed"))
+
+
+def assert_equal(run: Path, expected: dict[str, torch.Tensor]) -> None:
+    found = parameters(run)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(value, found[name]), name
+
+
+def assert_completed(slurm: Slurm, job: Job, expected: dict[str, torch.Tensor]) -> dict[str, str]:
+    facts = slurm.wait(job.number, *ENDED)
+    assert facts["JobState"] == "COMPLETED", job.told
+    assert_equal(job.run, expected)
+    return facts
+
+
+def test_by_srun_on_one_node(
+    slurm: Slurm, submitted: Submitter, launch: Launch, undisturbed: Undisturbed
+) -> None:
+    """With the type that belongs to the MPI library."""
+    expected = undisturbed.of(launch)
+    job = submitted(MAIN_JOB, *TWO_RANKS, *SET)
+    facts = assert_completed(slurm, job, expected)
+    assert facts["Restarts"] == "0"
+    family = family_of(library_name(load_mpi().Get_library_version()))
+    script = slurm("scontrol", "write", "batch_script", job.number, "-")
+    assert f"srun --mpi={'pmix' if family == 'Open MPI' else 'pmi2'} " in script
+
+
+def test_on_two_nodes(
+    slurm: Slurm, submitted: Submitter, launch: Launch, undisturbed: Undisturbed
+) -> None:
+    """By mpirun with Open MPI: two nodes on one machine are one too many for srun's pmix."""
+    expected = undisturbed.of(launch)
+    library = library_name(load_mpi().Get_library_version())
+    launcher = "mpirun" if family_of(library) == "Open MPI" else "srun"
+    options = ("--nodes", "2", "--ntasks-per-node", "1", "--set", f"submit.launcher={launcher}")
+    job = submitted(MAIN_JOB, *options, *SET)
+    facts = assert_completed(slurm, job, expected)
+    assert facts["NumNodes"] == "2"
+    assert json.loads((job.run / "run.json").read_text())["ranks"] == 2
+
+
+@pytest.mark.any_mpi
+def test_preempted_job_goes_on_where_it_was(
+    slurm: Slurm, submitted: Submitter, launch: Launch, undisturbed: Undisturbed
+) -> None:
+    expected = undisturbed.of(launch)
+    job = submitted(MAIN_JOB, *TWO_RANKS, "--partition", "scavenge", *SET)
+    job.wait_for(IN_TRAINING)
+    wants_all = ("--nodes=4", "--exclusive", "--time=1", "--output=/dev/null", "--wrap=true")
+    slurm("sbatch", *wants_all)
+    job.wait_for("told to end: saved at step")
+    facts = assert_completed(slurm, job, expected)
+    assert facts["Restarts"] == "1"
+    assert "restart 1, on n" in job.told
+    assert "resumed at step" in job.told
+
+
+@pytest.mark.any_mpi
+def test_job_that_reaches_its_time_limit_goes_on(
+    slurm: Slurm, submitted: Submitter, launch: Launch, undisturbed: Undisturbed
+) -> None:
+    """Slurm warns up to a minute too early: with these, after a few seconds."""
+    expected = undisturbed.of(launch)
+    job = submitted(MAIN_JOB, *TWO_RANKS, "--time", "2", "--set", "submit.warning_s=110", *SET)
+    job.wait_for("told to end: saved at step")
+    job.wait_for("restart 1, on n")
+    slurm("scontrol", "update", f"JobId={job.number}", "TimeLimit=10")
+    assert_completed(slurm, job, expected)
+
+
+@pytest.mark.any_mpi
+def test_cancelled_job_is_saved_and_over(slurm: Slurm, submitted: Submitter) -> None:
+    job = submitted(MAIN_JOB, *TWO_RANKS, *SET, "--set", "train.steps=100000")
+    job.wait_for(IN_TRAINING)
+    slurm("scancel", job.number)
+    facts = slurm.wait(job.number, *ENDED, "PENDING")
+    assert facts["JobState"] == "CANCELLED"
+    assert "told to end: saved at step" in job.told
+    assert list(job.run.glob("checkpoints/step-*/manifest.json"))
+
+
+@pytest.mark.any_mpi
+def test_tasks_of_an_array_keep_apart(
+    slurm: Slurm, submitted: Submitter, launch: Launch, undisturbed: Undisturbed
+) -> None:
+    expected = {seed: undisturbed.of(launch, seed) for seed in (1, 2)}
+    job = submitted(MAIN_JOB, *TWO_RANKS, "--array", "1-2", *SET)
+    for task in expected:
+        facts = slurm.wait(f"{job.number}_{task}", *ENDED)
+        assert facts["JobState"] == "COMPLETED"
+        assert_equal(job.run.with_name(f"{job.run.name}_{task}"), expected[task])
+        assert job.log.with_name(f"slurm-{job.number}_{task}.log").exists()
+
+
+@pytest.mark.any_mpi
+def test_rank_that_is_killed_ends_the_job(slurm: Slurm, submitted: Submitter) -> None:
+    """It is not queued again: it might fail for ever."""
+    job = submitted(MAIN_JOB, *TWO_RANKS, *SET, "--set", "train.steps=100000")
+    job.wait_for(IN_TRAINING)
+    os.kill(_a_rank_of(job), signal.SIGKILL)
+    facts = slurm.wait(job.number, *ENDED, limit_s=30)
+    assert facts["JobState"] == "FAILED"
+    assert facts["Restarts"] == "0"
+
+
+def _a_rank_of(job: Job) -> int:
+    """Process of a rank, by what its environment says."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (process / "cmdline").read_bytes()
+            environment = (process / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        is_ours = f"SLURM_JOB_ID={job.number}".encode() in environment
+        if is_ours and b"SLURM_PROCID=1" in environment and b"hpctrain\0run" in command:
+            return int(process.name)
+    raise AssertionError(f"job {job.number} has no rank 1")
