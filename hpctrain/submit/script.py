@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from hpctrain.errors import ExitCode, JobError
+from hpctrain.submit.cache import ENTRY
 from hpctrain.submit.config import SubmitConfig
 from hpctrain.submit.launcher import Launcher
+from hpctrain.submit.packages import Packages
 
 _AGAIN = int(ExitCode.REQUEUE)
 _SAFE_PATH = r"[A-Za-z0-9_.+/@:,=~ -]+"
@@ -27,6 +29,8 @@ class Submission:
         runs: folder of its runs and logs.
         python: interpreter with hpctrain.
         overrides: values of `--set`.
+        packages: what ranks import besides, if anything.
+        user: number of the user, in the name of the folder for packages.
     """
 
     name: str
@@ -37,6 +41,8 @@ class Submission:
     overrides: Sequence[str]
     config: SubmitConfig
     launcher: Launcher
+    packages: Packages | None = None
+    user: int = 0
 
 
 def render(submission: Submission) -> str:
@@ -113,6 +119,8 @@ def _body(submission: Submission) -> Iterator[str]:
         'echo "hpctrain: job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}, '
         'on $SLURM_JOB_NODELIST"'
     )
+    if submission.packages:
+        yield from _stage(submission, submission.packages)
     yield from (
         f"{_command(submission)} &",
         "launcher=$!",
@@ -133,6 +141,31 @@ def _body(submission: Submission) -> Iterator[str]:
             "esac",
         )
     yield 'exit "$status"'
+
+
+def _stage(submission: Submission, packages: Packages) -> Iterator[str]:
+    config = submission.config
+    cache = config.cache or f"/var/tmp/hpctrain-{submission.user}"
+    python, digest = _quoted(submission.python), packages.digest
+    yield from (
+        "",
+        "# Packages: each node takes the copy that it has; where one has none, all are sent it.",
+        f"cache={cache}",
+        f"packages={digest}",
+        "stage() {",
+        '  srun --mpi=none --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" \\',
+        f'    --ntasks-per-node=1 {python} -m hpctrain.submit.cache "$1" "$cache" '
+        f'{config.cache_gb:g} "$packages" "${{@:2}}"',
+        "}",
+        f"missing=$(stage check) || exit {int(ExitCode.UNFIT)}",
+        '[ -z "$missing" ] || {',
+        f'  sbcast --force {_quoted(packages.archive)} "$cache/.$SLURM_JOB_ID.tar" &&',
+        '    stage fill "$cache/.$SLURM_JOB_ID.tar"',
+        f"}} || exit {int(ExitCode.UNFIT)}",
+        f'export {ENTRY}="$cache/$packages"',
+        f'export PYTHONPATH="${ENTRY}/files${{PYTHONPATH:+:$PYTHONPATH}}"',
+        "",
+    )
 
 
 def _command(submission: Submission) -> str:

@@ -16,8 +16,9 @@ from hpctrain.world import library_name, load_mpi
 
 if TYPE_CHECKING:
     from conftest import Launch
+    from slurm_box import SlurmBox
 
-    from .conftest import Job, Slurm, Submitter
+    from .conftest import Job, Submitter
 
 pytestmark = pytest.mark.launch
 
@@ -69,7 +70,9 @@ def assert_equal(run: Path, expected: dict[str, torch.Tensor]) -> None:
         assert torch.equal(value, found[name]), name
 
 
-def assert_completed(slurm: Slurm, job: Job, expected: dict[str, torch.Tensor]) -> dict[str, str]:
+def assert_completed(
+    slurm: SlurmBox, job: Job, expected: dict[str, torch.Tensor]
+) -> dict[str, str]:
     facts = slurm.wait(job.number, *ENDED)
     assert facts["JobState"] == "COMPLETED", job.told
     assert_equal(job.run, expected)
@@ -77,7 +80,7 @@ def assert_completed(slurm: Slurm, job: Job, expected: dict[str, torch.Tensor]) 
 
 
 def test_by_srun_on_one_node(
-    slurm: Slurm, submitted: Submitter, launch: Launch, undisturbed: Undisturbed
+    slurm: SlurmBox, submitted: Submitter, launch: Launch, undisturbed: Undisturbed
 ) -> None:
     """With the type that belongs to the MPI library."""
     expected = undisturbed.of(launch)
@@ -90,7 +93,7 @@ def test_by_srun_on_one_node(
 
 
 def test_on_two_nodes(
-    slurm: Slurm, submitted: Submitter, launch: Launch, undisturbed: Undisturbed
+    slurm: SlurmBox, submitted: Submitter, launch: Launch, undisturbed: Undisturbed
 ) -> None:
     """By mpirun with Open MPI: two nodes on one machine are one too many for srun's pmix."""
     expected = undisturbed.of(launch)
@@ -105,7 +108,7 @@ def test_on_two_nodes(
 
 @pytest.mark.any_mpi
 def test_preempted_job_goes_on_where_it_was(
-    slurm: Slurm, submitted: Submitter, launch: Launch, undisturbed: Undisturbed
+    slurm: SlurmBox, submitted: Submitter, launch: Launch, undisturbed: Undisturbed
 ) -> None:
     expected = undisturbed.of(launch)
     job = submitted(MAIN_JOB, *TWO_RANKS, "--partition", "scavenge", *SET)
@@ -121,7 +124,7 @@ def test_preempted_job_goes_on_where_it_was(
 
 @pytest.mark.any_mpi
 def test_job_that_reaches_its_time_limit_goes_on(
-    slurm: Slurm, submitted: Submitter, launch: Launch, undisturbed: Undisturbed
+    slurm: SlurmBox, submitted: Submitter, launch: Launch, undisturbed: Undisturbed
 ) -> None:
     """Slurm warns up to a minute too early: with these, after a few seconds."""
     expected = undisturbed.of(launch)
@@ -133,7 +136,7 @@ def test_job_that_reaches_its_time_limit_goes_on(
 
 
 @pytest.mark.any_mpi
-def test_cancelled_job_is_saved_and_over(slurm: Slurm, submitted: Submitter) -> None:
+def test_cancelled_job_is_saved_and_over(slurm: SlurmBox, submitted: Submitter) -> None:
     job = submitted(MAIN_JOB, *TWO_RANKS, *SET, "--set", "train.steps=100000")
     job.wait_for(IN_TRAINING)
     slurm("scancel", job.number)
@@ -145,7 +148,7 @@ def test_cancelled_job_is_saved_and_over(slurm: Slurm, submitted: Submitter) -> 
 
 @pytest.mark.any_mpi
 def test_tasks_of_an_array_keep_apart(
-    slurm: Slurm, submitted: Submitter, launch: Launch, undisturbed: Undisturbed
+    slurm: SlurmBox, submitted: Submitter, launch: Launch, undisturbed: Undisturbed
 ) -> None:
     expected = {seed: undisturbed.of(launch, seed) for seed in (1, 2)}
     job = submitted(MAIN_JOB, *TWO_RANKS, "--array", "1-2", *SET)
@@ -157,7 +160,7 @@ def test_tasks_of_an_array_keep_apart(
 
 
 @pytest.mark.any_mpi
-def test_rank_that_is_killed_ends_the_job(slurm: Slurm, submitted: Submitter) -> None:
+def test_rank_that_is_killed_ends_the_job(slurm: SlurmBox, submitted: Submitter) -> None:
     """It is not queued again: it might fail for ever."""
     job = submitted(MAIN_JOB, *TWO_RANKS, *SET, "--set", "train.steps=100000")
     job.wait_for(IN_TRAINING)

@@ -13,8 +13,10 @@ import pytest
 from hpctrain.errors import JobError
 from hpctrain.submit.config import SubmitConfig
 from hpctrain.submit.launcher import Launcher
+from hpctrain.submit.packages import Packages
 from hpctrain.submit.script import Submission, render
 
+PACKAGES = Packages("d" * 64, PurePosixPath("runs/digits/.packages/dd it's.tar"))
 GOLDEN = Path(__file__).parent / "golden"
 SRUN = Launcher(("srun", "--mpi=pmix", "--kill-on-bad-exit=1"), "started by srun's pmix")
 MPIRUN = Launcher(("mpirun", "--with-ft", "ulfm", "-n", "$SLURM_NTASKS"), "survivors live")
@@ -36,6 +38,7 @@ SCRIPTS: dict[str, tuple[SubmitConfig, Launcher]] = {
     "gpus": (SubmitConfig(nodes=2, tasks_per_node=4, gpus_per_node=4, constraint="a100"), SRUN),
     "coded": (SubmitConfig(nodes=3, tasks_per_node=3, survivors=True), MPIRUN),
     "array": (SubmitConfig(array="0-9%3", requeue=False), SRUN),
+    "packages": (SubmitConfig(nodes=2, deps="deps", cache_gb=50), SRUN),
     "preemptible": (SubmitConfig(partition="scavenge", qos="low", warning_s=300), SRUN),
 }
 
@@ -55,7 +58,10 @@ def submission(config: SubmitConfig, launcher: Launcher = SRUN) -> Submission:
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_scripts_are_as_they_were(name: str) -> None:
-    text, file = render(submission(*SCRIPTS[name])), GOLDEN / f"{name}.sh"
+    made, file = submission(*SCRIPTS[name]), GOLDEN / f"{name}.sh"
+    if made.config.deps:
+        made = dataclasses.replace(made, packages=PACKAGES, user=1000)
+    text = render(made)
     if "ACCEPT" in os.environ:
         file.write_text(text)
     assert text == file.read_text(), "ACCEPT=1 pytest tests/submit takes the new scripts as right"
