@@ -25,7 +25,7 @@ class Submission:
     Attributes:
         name: of the job.
         job: its job file.
-        folder: where it runs; relative paths begin there.
+        folder: where it runs, and relative paths begin; None for where it is submitted.
         runs: folder of its runs and logs.
         python: interpreter with hpctrain.
         overrides: values of `--set`.
@@ -35,7 +35,7 @@ class Submission:
 
     name: str
     job: PurePosixPath
-    folder: PurePosixPath
+    folder: PurePosixPath | None
     runs: PurePosixPath
     python: PurePosixPath
     overrides: Sequence[str]
@@ -46,7 +46,7 @@ class Submission:
 
 
 def render(submission: Submission) -> str:
-    """The batch script of a submission; see tests/submit for what it looks like.
+    """The batch script of a submission; see slurm/ for what it looks like.
 
     Raises:
         JobError: a path has characters that Slurm or the shell would not take for themselves.
@@ -63,7 +63,7 @@ def log_of(submission: Submission) -> PurePosixPath:
 def _header(submission: Submission) -> Iterator[str]:
     config = submission.config
     for path in (submission.runs, submission.folder):
-        if not re.fullmatch(_SAFE_PATH, str(path)):
+        if path is not None and not re.fullmatch(_SAFE_PATH, str(path)):
             raise JobError(
                 "the batch script cannot name this folder",
                 value=str(path),
@@ -72,7 +72,7 @@ def _header(submission: Submission) -> Iterator[str]:
             )
     options: dict[str, object] = {
         "job-name": submission.name,
-        "chdir": f'"{submission.folder}"',
+        "chdir": submission.folder and f'"{submission.folder}"',
         "output": f'"{log_of(submission)}"',
         "open-mode": "append",
         "nodes": config.nodes,

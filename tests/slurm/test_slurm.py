@@ -170,6 +170,41 @@ def test_rank_that_is_killed_ends_the_job(slurm: SlurmBox, submitted: Submitter)
     assert facts["Restarts"] == "0"
 
 
+USES_PACKAGES = """
+import torch, flavour
+def model(): return torch.nn.Linear(2, flavour.WIDTH)
+def train_data(): return [torch.ones(2)] * 8
+def loss(model, batch): return model(batch).square().mean()
+"""
+
+
+@pytest.mark.any_mpi
+def test_packages_are_sent_to_nodes_once(
+    slurm: SlurmBox, submitted: Submitter, launch: Launch
+) -> None:
+    job = launch.job(USES_PACKAGES, "train = { steps = 1, batch = 4 }\nrun.report = false\n")
+    (launch.folder / "deps" / "flavour").mkdir(parents=True)
+    (launch.folder / "deps" / "flavour" / "__init__.py").write_text("WIDTH = 3\n")
+    cache = slurm.disk / "cache"
+    options = ("--nodes", "2", "--ntasks-per-node", "1", "--set", "submit.deps=deps")
+    options += ("--set", f"submit.cache={cache}", "--set", "submit.launcher=mpirun")
+
+    def submit() -> str:
+        made = submitted(job, *options)
+        assert slurm.wait(made.number, *ENDED)["JobState"] == "COMPLETED", made.told
+        return made.told
+
+    first = submit()
+    assert first.count("unpacked") == 2, first
+    second = submit()
+    assert second.count("here already") == 2 and "unpacked" not in second
+    # Damage on one node: both are sent it, and the other one has it already.
+    damage = f"cd {cache}/*/files/flavour && echo WIDTH=4 >__init__.py"
+    slurm("srun", "--nodes=1", "--nodelist=n1", "sh", "-c", damage)
+    third = submit()
+    assert third.count("unpacked") == 2, third
+
+
 def _a_rank_of(job: Job) -> int:
     """Process of a rank, by what its environment says."""
     for process in Path("/proc").glob("[0-9]*"):

@@ -1,16 +1,16 @@
 #!/bin/bash
 #SBATCH --job-name=digits
-#SBATCH --chdir="/home/me/a project"
 #SBATCH --output="runs/digits/slurm-%j.log"
 #SBATCH --open-mode=append
-#SBATCH --nodes=2
-#SBATCH --ntasks=2
-#SBATCH --ntasks-per-node=1
+#SBATCH --nodes=3
+#SBATCH --ntasks=9
+#SBATCH --ntasks-per-node=3
 #SBATCH --signal=B:USR1@120
 #SBATCH --requeue
+#SBATCH --no-kill
 
 # Rendered by hpctrain submit jobs/digits.toml
-# Launcher: started by srun's pmix
+# Launcher: survivors live under Open MPI's mpirun alone
 # If you submit it yourself, first: mkdir -p runs/digits
 
 # Slurm tells this shell ahead of the time limit; ranks save and end with 75 then.
@@ -19,23 +19,7 @@ pass_on() { told=1; [ -z "$launcher" ] || kill -USR1 "$launcher"; }
 trap pass_on USR1 TERM
 
 echo "hpctrain: job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}, on $SLURM_JOB_NODELIST"
-
-# Packages: each node takes the copy that it has; where one has none, all are sent it.
-cache=/var/tmp/hpctrain-1000
-packages=dddddddddddddddddddddddddddddddddddddddddddddddddddddddddddddddd
-stage() {
-  srun --mpi=none --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" \
-    --ntasks-per-node=1 /home/me/venv/bin/python -m hpctrain.submit.cache "$1" "$cache" 50 "$packages" "${@:2}"
-}
-missing=$(stage check) || exit 3
-[ -z "$missing" ] || {
-  sbcast --force 'runs/digits/.packages/dd it'"'"'s.tar' "$cache/.$SLURM_JOB_ID.tar" &&
-    stage fill "$cache/.$SLURM_JOB_ID.tar"
-} || exit 3
-export HPCTRAIN_PACKAGES="$cache/$packages"
-export PYTHONPATH="$HPCTRAIN_PACKAGES/files${PYTHONPATH:+:$PYTHONPATH}"
-
-srun --mpi=pmix --kill-on-bad-exit=1 /home/me/venv/bin/python -m hpctrain run jobs/digits.toml --set train.steps=20 --set 'schedule.name='"'"'cosine'"'"'; echo pwned' --run-dir runs/digits/"slurm-$SLURM_JOB_ID" --no-live &
+mpirun --with-ft ulfm -n "$SLURM_NTASKS" python -m hpctrain run jobs/digits.toml --set exchange.mode=coded --set coded.root=dedicated --run-dir runs/digits/"slurm-$SLURM_JOB_ID" --no-live &
 launcher=$!
 [ -z "$told" ] || pass_on
 # A signal ends `wait`, but not yet what it waits for.
