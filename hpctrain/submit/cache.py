@@ -56,8 +56,8 @@ class Cache:
         with self._locked(digest):
             return self._is_whole(digest)
 
-    def fill(self, digest: str, archive: Path) -> None:
-        """Have the packages here, from an archive unless they already are.
+    def fill(self, digest: str, archive: Path) -> bool:
+        """Have the packages here, from an archive unless they already are; whether it was needed.
 
         Raises:
             DamagedError: the archive does not hold them.
@@ -65,7 +65,7 @@ class Cache:
         """
         with self._locked(digest):
             if self._is_whole(digest):
-                return
+                return False
             self._make_room(digest, archive.stat().st_size)
             side = Path(tempfile.mkdtemp(prefix=".partial-", dir=self.folder))
             try:
@@ -79,6 +79,7 @@ class Cache:
                     )
                 (side / "contents").write_text(json.dumps(contents))
                 side.rename(self.folder / digest)
+                return True
             finally:
                 shutil.rmtree(side, ignore_errors=True)
 
@@ -195,7 +196,7 @@ def main(arguments: Sequence[str]) -> int:
     `check` prints the node's name if it has to be sent the packages. What was sent is removed.
     """
     action, folder, gigabytes, digest, *rest = arguments
-    begun_s = time.monotonic()
+    begun_s, was_needed = time.monotonic(), False
     node = os.environ.get("SLURMD_NODENAME", "this node")
     try:
         cache = Cache(Path(folder), int(float(gigabytes) * 1e9))
@@ -205,13 +206,13 @@ def main(arguments: Sequence[str]) -> int:
         if action == "fill":
             sent = Path(rest[0])
             try:
-                cache.fill(digest, sent)
+                was_needed = cache.fill(digest, sent)
             finally:
                 sent.unlink(missing_ok=True)
     except (HpctrainError, OSError) as error:
         sys.stderr.write(f"hpctrain: {node}: {error}\n")
         return int(ExitCode.UNFIT)
-    did = "unpacked" if action == "fill" else "here already"
+    did = "unpacked" if was_needed else "here already"
     took_s = time.monotonic() - begun_s
     sys.stderr.write(f"hpctrain: {node}: packages {digest[:12]} {did}, {took_s:.2f} s\n")
     return int(ExitCode.DONE)

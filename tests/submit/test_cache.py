@@ -39,10 +39,10 @@ def test_filled_once_and_taken_from_then_on(tmp_path: Path) -> None:
     digest, archive = packed(tmp_path)
     cache = Cache(tmp_path / "cache", LIMIT_BYTES)
     assert not cache.check(digest)
-    cache.fill(digest, archive)
+    assert cache.fill(digest, archive)
     archive.unlink()
     assert cache.check(digest)
-    cache.fill(digest, archive)  # which is there, and needs no archive
+    assert not cache.fill(digest, archive)  # it is there, and needs no archive
     assert (tmp_path / "cache" / digest / "files" / "numbers" / "__init__.py").exists()
     assert names(tmp_path / "cache") == {digest}
 
