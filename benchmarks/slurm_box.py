@@ -25,7 +25,7 @@ from pathlib import Path
 from types import TracebackType
 
 NODES = 4
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "unshare")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "unshare", "setpriv")
 SBIN = "/usr/sbin:/sbin"
 UP_LIMIT_S = 30.0
 POLL_S = 0.1
@@ -168,10 +168,11 @@ class SlurmBox:
         )
 
     def _daemon(self, *command: str | Path) -> None:
+        """Start one that ends with this process, however that ends."""
         with (self._folder / f"{len(self._running)}.out").open("wb") as out:
             self._running.append(
                 subprocess.Popen(
-                    [*map(str, command)],
+                    ["setpriv", "--pdeathsig", "TERM", *map(str, command)],
                     env=_without_launcher() | self.environment,
                     stdout=out,
                     stderr=subprocess.STDOUT,

@@ -34,13 +34,16 @@ missing=$(stage check) || exit 3
 export HPCTRAIN_PACKAGES="$cache/$packages"
 export PYTHONPATH="$HPCTRAIN_PACKAGES/files${PYTHONPATH:+:$PYTHONPATH}"
 
-srun --mpi=pmix --kill-on-bad-exit=1 python -m hpctrain run jobs/digits.toml --run-dir runs/digits/"slurm-$SLURM_JOB_ID" --no-live &
+run=runs/digits/"slurm-$SLURM_JOB_ID"
+srun --mpi=pmix --kill-on-bad-exit=1 python -m hpctrain run jobs/digits.toml --run-dir "$run" --no-live &
 launcher=$!
 [ -z "$told" ] || pass_on
 # A signal ends `wait`, but not yet what it waits for.
 while kill -0 "$launcher" 2>/dev/null; do wait "$launcher"; done
 wait "$launcher"
 status=$?
+# srun may end with 0 although it could not start ranks.
+[ "$status" != 0 ] || grep -qs '"finished": true' "$run/run.json" || status=1
 # Back into the queue: what was told to end and has saved, and what is preempted but
 # ended before Slurm ended it. Not what was cancelled, which is no longer RUNNING.
 case "$status $(scontrol -o show job "$SLURM_JOB_ID")" in

@@ -122,6 +122,7 @@ def _body(submission: Submission) -> Iterator[str]:
     if submission.packages:
         yield from _stage(submission, submission.packages)
     yield from (
+        f"run={_quoted(submission.runs)}/{_run_name(config)}",
         f"{_command(submission)} &",
         "launcher=$!",
         '[ -z "$told" ] || pass_on',
@@ -129,6 +130,8 @@ def _body(submission: Submission) -> Iterator[str]:
         'while kill -0 "$launcher" 2>/dev/null; do wait "$launcher"; done',
         'wait "$launcher"',
         "status=$?",
+        "# srun may end with 0 although it could not start ranks.",
+        """[ "$status" != 0 ] || grep -qs '"finished": true' "$run/run.json" || status=1""",
     )
     if config.requeue:
         yield from (
@@ -170,19 +173,22 @@ def _stage(submission: Submission, packages: Packages) -> Iterator[str]:
 
 def _command(submission: Submission) -> str:
     config = submission.config
-    number = "$SLURM_JOB_ID"
     sets = [word for text in submission.overrides for word in ("--set", _quoted(text))]
     if config.array:
-        number = "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
         sets += ["--set", f'"{config.array_key}=$SLURM_ARRAY_TASK_ID"']
     words = [
         *(f'"{word}"' if word.startswith("$") else word for word in submission.launcher.words),
         *(_quoted(submission.python), "-m", "hpctrain", "run", _quoted(submission.job)),
         *sets,
-        f'--run-dir {_quoted(submission.runs)}/"slurm-{number}"',
+        '--run-dir "$run"',
         "--no-live",
     ]
     return " ".join(words)
+
+
+def _run_name(config: SubmitConfig) -> str:
+    number = "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" if config.array else "$SLURM_JOB_ID"
+    return f'"slurm-{number}"'
 
 
 def _comment(text: str) -> str:

@@ -89,7 +89,13 @@ CANCELLED = RUNNING.replace("RUNNING", "COMPLETING")
 
 
 def ran(
-    script: str, folder: Path, *, status: int, signal: str = "", state: str = RUNNING
+    script: str,
+    folder: Path,
+    *,
+    status: int,
+    signal: str = "",
+    state: str = RUNNING,
+    finished: bool = True,
 ) -> tuple[int, list[str]]:
     """Run a script with a launcher and an scontrol that write down how they were called."""
     tools = folder / "tools"
@@ -112,7 +118,12 @@ def ran(
         "SLURM_JOB_ID": "17",
         "SLURM_JOB_NODELIST": "n[1-2]",
     }
-    ended = subprocess.run(["bash", "-c", script], env=environment, timeout=60, check=False)
+    run = folder / "runs" / "digits" / "slurm-17"
+    run.mkdir(parents=True)
+    (run / "run.json").write_text(f'{{"finished": {"true" if finished else "false"}}}')
+    ended = subprocess.run(
+        ["bash", "-c", script], env=environment, cwd=folder, timeout=60, check=False
+    )
     return ended.returncode, calls.read_text().splitlines()
 
 
@@ -125,6 +136,12 @@ def test_status_and_requeueing(tmp_path: Path, status: int, state: str) -> None:
     assert ended == status
     again = (status == 75 and state != CANCELLED) or (status != 0 and state == PREEMPTED)
     assert ("scontrol requeue 17" in calls) == again
+
+
+def test_ranks_that_did_not_start_are_a_failure(tmp_path: Path) -> None:
+    """Whatever srun says of it."""
+    ended, _ = ran(render(submission(SubmitConfig())), tmp_path, status=0, finished=False)
+    assert ended == 1
 
 
 def test_what_must_not_be_requeued(tmp_path: Path) -> None:
