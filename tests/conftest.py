@@ -27,6 +27,8 @@ from hpctrain.world import World, join, launched_size
 
 HANG_S = 120.0
 """A test that takes longer than this hangs."""
+QUEUE_HANG_S = 300.0
+"""The same where jobs wait in a queue, and are started several times."""
 
 _, RANKS = launched_size(os.environ)
 
@@ -52,7 +54,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    faulthandler.dump_traceback_later(HANG_S, exit=True, file=item.config.stash[STDERR])
+    limit_s = QUEUE_HANG_S if "slurm" in getattr(item, "fixturenames", ()) else HANG_S
+    faulthandler.dump_traceback_later(limit_s, exit=True, file=item.config.stash[STDERR])
 
 
 @pytest.hookimpl(hookwrapper=True)

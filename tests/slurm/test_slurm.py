@@ -24,10 +24,13 @@ pytestmark = pytest.mark.launch
 
 MAIN_JOB = Path(__file__).parents[2] / "jobs" / "stdlib_lm.toml"
 VALUES = (
-    *("model.width=16", "model.heads=2", "model.layers=1", "train.batch=8", "train.steps=1500"),
+    *("model.width=16", "model.heads=2", "model.layers=1", "train.batch=8", "train.steps=300"),
     *("schedule.warmup=10", "run.report=false", "run.line_s=0.2", "checkpoint.every=0"),
 )
 SET = tuple(word for value in VALUES for word in ("--set", value))
+SLOW = ("inject.kind=persistent", "inject.ranks=[0, 1]", "inject.factor=10")
+LONG = (*SET, *(word for value in SLOW for word in ("--set", value)))
+"""The same, long enough for something to happen meanwhile."""
 TWO_RANKS = ("--nodes", "1", "--ntasks-per-node", "2")
 IN_TRAINING = "samples/s"
 """What the log says only while it trains."""
@@ -115,7 +118,7 @@ def test_preempted_job_goes_on_where_it_was(
     slurm: SlurmBox, submitted: Submitter, launch: Launch, undisturbed: Undisturbed
 ) -> None:
     expected = undisturbed.of(launch)
-    job = submitted(MAIN_JOB, *TWO_RANKS, "--partition", "scavenge", *SET)
+    job = submitted(MAIN_JOB, *TWO_RANKS, "--partition", "scavenge", *LONG)
     job.wait_for(IN_TRAINING)
     wants_all = ("--nodes=4", "--exclusive", "--time=1", "--output=/dev/null", "--wrap=true")
     slurm("sbatch", *wants_all)
@@ -132,7 +135,7 @@ def test_job_that_reaches_its_time_limit_goes_on(
 ) -> None:
     """Slurm warns up to a minute too early: with these, after a few seconds."""
     expected = undisturbed.of(launch)
-    job = submitted(MAIN_JOB, *TWO_RANKS, "--time", "2", "--set", "submit.warning_s=110", *SET)
+    job = submitted(MAIN_JOB, *TWO_RANKS, "--time", "2", "--set", "submit.warning_s=110", *LONG)
     job.wait_for("told to end: saved at step")
     job.wait_for("restart 1, on n")
     slurm("scontrol", "update", f"JobId={job.number}", "TimeLimit=10")
@@ -141,7 +144,7 @@ def test_job_that_reaches_its_time_limit_goes_on(
 
 @pytest.mark.any_mpi
 def test_cancelled_job_is_saved_and_over(slurm: SlurmBox, submitted: Submitter) -> None:
-    job = submitted(MAIN_JOB, *TWO_RANKS, *SET, "--set", "train.steps=100000")
+    job = submitted(MAIN_JOB, *TWO_RANKS, *LONG, "--set", "train.steps=5000")
     job.wait_for(IN_TRAINING)
     slurm("scancel", job.number)
     facts = slurm.wait(job.number, *ENDED, "PENDING")
@@ -166,7 +169,7 @@ def test_tasks_of_an_array_keep_apart(
 @pytest.mark.any_mpi
 def test_rank_that_is_killed_ends_the_job(slurm: SlurmBox, submitted: Submitter) -> None:
     """It is not queued again: it might fail for ever."""
-    job = submitted(MAIN_JOB, *TWO_RANKS, *SET, "--set", "train.steps=100000")
+    job = submitted(MAIN_JOB, *TWO_RANKS, *LONG, "--set", "train.steps=5000")
     job.wait_for(IN_TRAINING)
     os.kill(_a_rank_of(job), signal.SIGKILL)
     facts = slurm.wait(job.number, *ENDED, limit_s=30)
