@@ -280,7 +280,7 @@ def load_mpi() -> Any:
 def launched_rank(environment: Mapping[str, str]) -> int:
     """This process's rank as the launcher tells it, before MPI is initialised; 0 without one."""
     for name in ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID"):
-        if environment.get(name, "").isdigit():
+        if environment.get(name, "").isdecimal():
             return int(environment[name])
     return 0
 
@@ -296,7 +296,7 @@ def launched_size(environment: Mapping[str, str]) -> tuple[str, int]:
         ("PMI_SIZE", "a PMI launcher (MPICH's or Intel's mpiexec, srun --mpi=pmi2)"),
         ("SLURM_STEP_NUM_TASKS", "srun"),
     ):
-        if environment.get(variable, "").isdigit():
+        if environment.get(variable, "").isdecimal():
             return launcher, int(environment[variable])
     return "none", 1
 
@@ -327,7 +327,7 @@ def refuse_lone_ranks(environment: Mapping[str, str], size: int, library: str) -
     """
     launcher, launched = launched_size(environment)
     torchrun = environment.get("WORLD_SIZE", "")
-    if "TORCHELASTIC_RUN_ID" in environment and torchrun.isdigit() and launcher == "none":
+    if "TORCHELASTIC_RUN_ID" in environment and torchrun.isdecimal() and launcher == "none":
         launcher, launched = "torchrun", int(torchrun)
     if launched != size:
         raise UnfitError(
@@ -415,4 +415,4 @@ def fail(world: World, error: BaseException, trace: TracebackType | None = None)
 def _write(text: str) -> None:
     """To standard error, in one piece, even if Python's own stream is closed."""
     with contextlib.suppress(OSError):
-        os.write(2, text.encode())
+        os.write(2, text.encode(errors="backslashreplace"))
