@@ -14,7 +14,7 @@ from torch import nn
 from hpctrain.comm.channel import Channel
 from hpctrain.comm.collect import all_gather
 from hpctrain.data.agreement import describe_data, difference, is_steady
-from hpctrain.errors import JobError
+from hpctrain.errors import JobError, shown
 from hpctrain.world import World
 
 
@@ -93,8 +93,7 @@ def checked_metrics(metrics: Callable[..., Any], values: Any) -> dict[str, float
         with suppress(TypeError, ValueError, RuntimeError):  # what is no number, or several
             return {str(name): float(value) for name, value in values.items()}
     raise JobError(
-        f"{_named(metrics, 'metrics')} returned no numbers by name",
-        value=values,
+        f"{_named(metrics, 'metrics')} returned {shown(values)} in place of numbers by name",
         allowed="a dict of names and numbers, which may be 0-dim tensors",
     )
 
