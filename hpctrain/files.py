@@ -42,7 +42,7 @@ def open_in_place(path: Path, mode: str) -> TextIO:
     descriptor = os.open(path, way | os.O_CREAT | os.O_APPEND | _CAREFUL, 0o666)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError(0, "is no file", str(path))
+        raise OSError(f"{path} is no file")
     file = os.fdopen(descriptor, mode, encoding="utf-8", errors="backslashreplace")
     return cast(TextIO, file)
 
@@ -68,7 +68,7 @@ def read_private(path: Path, most_bytes: int = 1 << 20) -> str:
     with os.fdopen(descriptor, encoding="utf-8") as file:
         facts = os.fstat(descriptor)
         if not stat.S_ISREG(facts.st_mode) or _is_shared(facts):
-            raise PermissionError(0, "others can write it", str(path))
+            raise PermissionError(f"others can write {path}")
         text = file.read(most_bytes + 1)
     if len(text) > most_bytes:
         raise ValueError(f"{path} is too large")
@@ -83,7 +83,7 @@ def refuse_shared(folder: Path) -> None:
     """
     facts = folder.lstat()
     if not stat.S_ISDIR(facts.st_mode) or _is_shared(facts):
-        raise PermissionError(0, "others can write into it", str(folder))
+        raise PermissionError(f"others can write into {folder}")
 
 
 def _is_shared(facts: os.stat_result) -> bool:

@@ -183,6 +183,8 @@ def _join(device: torch.device) -> World:
     library = library_name(MPI.Get_library_version())
     refuse_foreign_launcher(os.environ, "Open MPI" in library, library)
     if not MPI.Is_initialized():
+        # Open MPI 5.0.11 cannot begin without one; it need not exist.
+        os.environ.setdefault("HOME", os.path.expanduser("~"))
         with warnings.catch_warnings():  # of a foreign launcher, which is refused below
             warnings.simplefilter("ignore", RuntimeWarning)
             MPI.Init_thread(MPI.THREAD_MULTIPLE)

@@ -191,7 +191,7 @@ def open_run(
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path
             answer = UnfitError(
                 f"the run folder cannot be made: {error}",
-                fix="set run.folder to a place that can be written",
+                fix="set run.folder, or --run-dir, to a place that can be written",
                 everywhere=True,
             )
         except HpctrainError as error:
