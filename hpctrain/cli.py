@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -227,7 +228,10 @@ def _submit(chosen: argparse.Namespace) -> int:
         for key, value in asked.items()
         if value is not None
     ]
-    loaded = job.load(chosen.job, [*chosen.overrides, *options])
+    given = [*chosen.overrides, *options]
+    loaded = job.load(chosen.job, given)
+    if first := re.match("[0-9]+", loaded.job.submit.array):  # each task sets its own
+        job.load(chosen.job, [*given, f"{loaded.job.submit.array_key}={first[0]}"])
     submission = queue.prepare(
         loaded.name,
         chosen.job,

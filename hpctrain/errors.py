@@ -93,7 +93,10 @@ class HpctrainError(Exception):
             text += f"\n  where: {self.where}"
         if self.fix:
             text += f"\n  fix: {self.fix}"
-        return text
+        if text.isprintable():
+            return text
+        # Names of files may hold anything, also what a terminal would obey.
+        return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 class JobError(HpctrainError):

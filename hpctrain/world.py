@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hpctrain.errors import ExitCode, HpctrainError, UnfitError
+from hpctrain.errors import ExitCode, HpctrainError, UnfitError, shortened
 from hpctrain.trace import Trace
 
 if TYPE_CHECKING:
@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 RANK_0_SPEAKS_S = 3.0
 """How long other ranks leave it to rank 0 to tell an error that all should have met."""
 
+
+MOST_TRACED = 100_000
+"""Characters of a traceback: messages of exceptions may be of any length."""
 
 FORWARD_S = 0.2
 """Time for the launcher to read what was said last: MPICH's drops the rest when it ends."""
@@ -362,7 +365,7 @@ def describe_failure(world: World, error: BaseException, trace: TracebackType | 
     """What an uncaught exception of this rank looks like on the console."""
     place = f"hpctrain: {world.name_of(world.rank)} of {world.size} failed at {world.position}"
     lines = traceback.format_exception(type(error), error, trace)
-    return place + "\n" + "".join(lines)
+    return place + "\n" + shortened("".join(lines), MOST_TRACED)
 
 
 def _install_unfit_hook() -> None:

@@ -94,3 +94,8 @@ def test_long_values_are_cut_in_the_middle() -> None:
     assert len(text) < 250
     assert errors.told(ValueError("b" * 10_000)).startswith("ValueError: bbb")
     assert errors.told(SystemExit()) == "SystemExit"
+
+
+def test_message_holds_nothing_that_a_terminal_obeys() -> None:
+    error = HpctrainError("no x\x1b[2J", where="a\rb\udcff", fix="mend it")
+    assert str(error) == "no x\\x1b[2J\n  where: a\\rb\\udcff\n  fix: mend it"

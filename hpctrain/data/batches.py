@@ -204,6 +204,12 @@ class Batches:
             named = f"samples {shortened(', '.join(map(str, names)), 80)}"
             if self._collate is not default_collate:
                 raise TrainingError(f"collate() failed on {named}: {told(error)}") from error
+            if isinstance(error, MemoryError) or "allocate memory" in str(error):
+                raise JobError(
+                    f"{count} samples do not fit in memory at a time: {told(error)}",
+                    where=self._name.place,
+                    fix="set train.micro_batch to fewer, start more ranks, or lower train.batch",
+                ) from None
             raise JobError(
                 f"{named} of {self._name.data} make no batch: {_misfit(samples, names, error)}",
                 where=self._name.place,

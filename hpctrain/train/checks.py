@@ -73,6 +73,8 @@ def loss_mistake(loss: Callable[..., Any], value: Any) -> str | None:
         returned = f"a tensor of shape {tuple(value.shape)}"
         if value.is_complex():
             returned = "a complex number"
+    elif value.is_meta:
+        returned = "a number without a value, on the device 'meta'"
     elif not value.requires_grad:
         returned = "a number without a gradient, as from detach(), item() or no_grad()"
     else:

@@ -370,6 +370,13 @@ def test_collate_that_fails_names_the_samples_and_keeps_its_traceback() -> None:
     assert isinstance(caught.value.__cause__, KeyError)
 
 
+def test_batch_that_does_not_fit_in_memory_is_told() -> None:
+    data = [torch.zeros(()).expand(1 << 44)] * 2
+    with pytest.raises(JobError, match="2 samples do not fit in memory at a time") as caught:
+        Batches(data, batch=2).read(0, 2)
+    assert "train.micro_batch" in str(caught.value.fix)
+
+
 def test_order_that_does_not_fit_in_memory_is_told() -> None:
     with pytest.raises(JobError, match="does not fit in memory") as caught:
         batches_of(range(1 << 60), batch=1).read(0, 1)

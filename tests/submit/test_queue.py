@@ -64,6 +64,15 @@ def test_dry_run_shows_what_would_be_submitted(cluster: Launch) -> None:
     assert not (cluster.folder / "runs").exists()
 
 
+def test_key_of_an_array_must_be_one(cluster: Launch) -> None:
+    """Not when each of its tasks has waited in the queue."""
+    options = ("--array", "0-3", "--dry-run", "--set")
+    ended = cluster(0, *SUBMIT, *options, "submit.array_key=train.stepz")
+    assert ended.status == 2
+    assert "train.stepz: unknown key; did you mean 'steps'? (--set train.stepz=0)" in ended.err
+    assert "at least 1" in cluster(0, *SUBMIT, *options, "submit.array_key=train.steps").err
+
+
 def test_submitted_job_is_told(cluster: Launch) -> None:
     ended = cluster(0, *SUBMIT)
     assert ended.status == 0, ended.err

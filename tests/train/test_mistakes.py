@@ -152,8 +152,9 @@ def test_batch_larger_than_the_data_is_told_once(
         (lambda value: value.expand(3), r"returned a tensor of shape \(3,\)"),
         (lambda value: value + 0j, "returned a complex number"),
         (lambda value: [value], "returned a value of type list"),
+        (lambda value: value.to("meta"), "returned a number without a value"),
     ],
-    ids=["None", "float", "detached", "vector", "complex", "list"],
+    ids=["None", "float", "detached", "vector", "complex", "list", "meta"],
 )
 @pytest.mark.parametrize("batch", [1, 5])  # of 1, most ranks have no sample
 def test_wrong_loss_is_told_with_its_place(
