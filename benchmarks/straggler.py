@@ -36,8 +36,10 @@ from torch import nn
 WORKERS, BLOCKS, COPIES = 8, 4, 2
 BLOCK_S = 0.025
 SLICE_S = 1e-3
-WIDTH = 288
-"""Three layers of so many squared weights: a gradient of 1 MB."""
+LAYERS, WIDTH = 3, 288
+"""Layers of so many squared weights: a gradient of 1 MB."""
+LINK_LAYERS, LINK_WIDTH = 8, 176
+"""The same, over links: gradients travel layer by layer, and are shared out over roots."""
 TORCH_PORT = 29_561
 VICTIM = 2
 RUNS, ITERATIONS, QUICK_ITERATIONS = 3, 200, 6
@@ -72,17 +74,16 @@ Wanted = Callable[[], bool]
 class Work:
     """The data blocks of one rank in one scenario: their model, their time, their data."""
 
-    def __init__(self, scenario: str, worker: int) -> None:
+    def __init__(self, scenario: str, worker: int, layers: int = LAYERS) -> None:
         from hpctrain.train.inject import InjectConfig, Injection
 
         self.worker = worker
         config = InjectConfig(**SCENARIOS[scenario])
         self._injection = Injection(config, max(0, worker), range(WORKERS))
         torch.manual_seed(0)
-        self.model = nn.Sequential(
-            *(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(3)),
-        )
-        self._x = torch.randn(4, WIDTH)
+        width = WIDTH if layers == LAYERS else LINK_WIDTH
+        self.model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers)))
+        self._x = torch.randn(4, width)
         self.takes_time = True
         """Whether data blocks sleep; not in the steps before the measured ones."""
 
@@ -313,7 +314,9 @@ def run_coded(
 # ---------------------------------------------------------------------- one launch
 
 
-def measure(iterations: int, first_arm: int, aggregators: int, only: Sequence[str]) -> None:
+def measure(
+    iterations: int, first_arm: int, aggregators: int, layers: int, only: Sequence[str]
+) -> None:
     """All scenarios, each with all arms in turn. Rank 0 tells the figures."""
     import torch.distributed as dist
 
@@ -336,7 +339,7 @@ def measure(iterations: int, first_arm: int, aggregators: int, only: Sequence[st
         dead = scenario == "dead"
         times: dict[str, float] = {}
         for arm in ("classic", "coded") if dead else arms:
-            work = Work(scenario, worker)
+            work = Work(scenario, worker, layers)
             if arm == "classic":
                 times[arm] = run_classic(work, iterations, world, dead)
             elif arm == "coded":
@@ -435,7 +438,8 @@ def launch(
     iterations: int, turn: int, roots: int, only: Sequence[str], on_links: bool
 ) -> dict[str, Any]:
     """One run of all arms, which take turns in being the first."""
-    arguments = (str(iterations), str(turn % len(ARMS)), str(roots), *only)
+    layers = LINK_LAYERS if on_links else LAYERS
+    arguments = (str(iterations), str(turn % len(ARMS)), str(roots), str(layers), *only)
     if on_links:
         with cluster.Cluster(WORKERS + roots, RATE) as hosts:
             return harness.launch(1, *arguments, on=hosts)
@@ -452,8 +456,7 @@ def main() -> None:
     made.add_argument("--only", nargs="+", choices=tuple(SCENARIOS), help="scenarios, with 'none'")
     options = made.parse_args()
     if options.worker:
-        iterations, first_arm, aggregators, *only = options.worker
-        measure(int(iterations), int(first_arm), int(aggregators), only)
+        measure(*map(int, options.worker[:4]), only=options.worker[4:])
         return
     iterations = options.iterations or (QUICK_ITERATIONS if options.quick else ITERATIONS)
     launches = options.runs or (1 if options.quick else RUNS)

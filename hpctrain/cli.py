@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from hpctrain import __version__, streams
 from hpctrain.errors import ExitCode, HpctrainError, JobError, UnfitError, shown
 from hpctrain.stop import StopRequest
+from hpctrain.submit import cache
 
 if TYPE_CHECKING:
     from hpctrain.job import LoadedJob
@@ -169,6 +170,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run(chosen: argparse.Namespace) -> int:
     stop = StopRequest()
     stop.listen(os.environ)
+    cache.hold(os.environ)
     # Imported here, so that a mistyped command line is answered before torch is loaded.
     from hpctrain import report
     from hpctrain.world import join

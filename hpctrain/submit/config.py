@@ -16,6 +16,7 @@ _TIME = (r"|[0-9]+|([0-9]+-)?[0-9]+:[0-9]{2}:[0-9]{2}", "minutes, H:MM:SS or D-H
 _MEMORY = (r"|[0-9]+[KMGT]?", "a number of megabytes, or one with K, M, G or T")
 _SPAN = "[0-9]+(-[0-9]+(:[0-9]+)?)?"
 _ARRAY = (f"|{_SPAN}(,{_SPAN})*(%[0-9]+)?", "numbers and ranges, as in 0-3,7%2")
+_FOLDER = (r"|/[A-Za-z0-9_.+/@:=~-]*", "an absolute path of letters, digits and _ . + / @ : = ~ -")
 _KEY = (r"[A-Za-z0-9_.-]+", "a key of the job file")
 
 
@@ -57,6 +58,12 @@ class SubmitConfig:
     """Whether ranks live on when others die, as coded runs can; Open MPI's mpirun only."""
     modules: list[str] = option([], pattern=_MODULE)
     """Environment modules to load."""
+    deps: str = ""
+    """Folder of packages that the job needs; nodes keep a copy, and take it where they have one."""
+    cache: str = option("", pattern=_FOLDER)
+    """Folder for such copies on each node's own disk; empty for /var/tmp/hpctrain-UID."""
+    cache_gb: float = option(20.0, above=0)
+    """Most that it may hold, in 10^9 bytes; what was used longest ago goes first."""
 
     def __post_init__(self) -> None:
         check(self)

@@ -29,16 +29,29 @@ class Launcher:
 
 
 def srun_types() -> tuple[str, ...]:
-    """The `--mpi` types of this cluster's srun; none where there is no srun, or it fails."""
+    """The `--mpi` types of this cluster's srun; none where there is no srun, or it fails.
+
+    A type is listed also where the library that it needs is not installed: each is tried.
+    """
     if shutil.which("srun") is None:
         return ()
+    return tuple(name for name in read_types(_answer("--mpi=list")) if _loads(name))
+
+
+def _loads(name: str) -> bool:
+    """Whether srun can start anything with this type; it may have other reasons not to."""
+    told = _answer(f"--mpi={name}", "--test-only", "true")
+    return re.search(rf"mpi/{name}|Invalid MPI type", told) is None
+
+
+def _answer(*arguments: str) -> str:
     try:
-        listed = subprocess.run(
-            ["srun", "--mpi=list"], capture_output=True, text=True, timeout=PROBE_LIMIT_S
+        ended = subprocess.run(
+            ["srun", *arguments], capture_output=True, text=True, timeout=PROBE_LIMIT_S
         )
     except (OSError, subprocess.TimeoutExpired):
-        return ()
-    return read_types(listed.stdout + listed.stderr)
+        return ""
+    return ended.stdout + ended.stderr
 
 
 def read_types(text: str) -> tuple[str, ...]:

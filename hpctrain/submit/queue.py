@@ -15,9 +15,12 @@ from pathlib import Path, PurePosixPath
 from hpctrain.errors import HpctrainError, UnfitError
 from hpctrain.submit.config import SubmitConfig
 from hpctrain.submit.launcher import choose, srun_types
+from hpctrain.submit.packages import Packages, contents_of, digest_of, pack
 from hpctrain.submit.script import Submission, log_of, render
 
 SUBMIT_LIMIT_S = 60.0
+ARCHIVES = ".packages"
+"""Where archives of packages are kept, beside the runs of a job."""
 
 
 class RefusedError(HpctrainError):
@@ -70,11 +73,16 @@ def prepare(
 
     Raises:
         UnfitError: this cluster cannot start ranks as asked.
+        JobError: the packages cannot be read.
     """
     needs_probe = config.launcher != "mpirun" and not config.survivors
     launcher = choose(
         library, srun_types() if needs_probe else (), config.launcher, config.survivors
     )
+    packages = None
+    if config.deps:
+        digest = digest_of(contents_of(Path(config.deps)))
+        packages = Packages(digest, PurePosixPath(runs, ARCHIVES, f"{digest}.tar"))
     return Submission(
         name=re.sub(r"[^A-Za-z0-9_.-]", "_", name),
         job=PurePosixPath(job),
@@ -84,6 +92,8 @@ def prepare(
         overrides=tuple(overrides),
         config=config,
         launcher=launcher,
+        packages=packages,
+        user=os.getuid(),
     )
 
 
@@ -113,12 +123,14 @@ def submit(submission: Submission) -> Queued:
     script = Path(submission.runs) / name
     try:
         script.parent.mkdir(parents=True, exist_ok=True)
+        if submission.packages:
+            pack(Path(submission.config.deps), Path(submission.packages.archive))
         # Made here and by nobody else, who could change it before Slurm reads it.
         with open(script, "x", encoding="utf-8", opener=_private) as file:
             file.write(text)
     except OSError as error:
         raise UnfitError(
-            f"the batch script cannot be written: {error}",
+            f"the batch script, or the packages, cannot be written: {error}",
             fix="submit from a folder that you can write to, or set run.folder to one",
         ) from None
     try:

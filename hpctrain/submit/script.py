@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from hpctrain.errors import ExitCode, JobError
+from hpctrain.submit.cache import ENTRY
 from hpctrain.submit.config import SubmitConfig
 from hpctrain.submit.launcher import Launcher
+from hpctrain.submit.packages import Packages
 
 _AGAIN = int(ExitCode.REQUEUE)
 _SAFE_PATH = r"[A-Za-z0-9_.+/@:,=~ -]+"
@@ -23,24 +25,28 @@ class Submission:
     Attributes:
         name: of the job.
         job: its job file.
-        folder: where it runs; relative paths begin there.
+        folder: where it runs, and relative paths begin; None for where it is submitted.
         runs: folder of its runs and logs.
         python: interpreter with hpctrain.
         overrides: values of `--set`.
+        packages: what ranks import besides, if anything.
+        user: number of the user, in the name of the folder for packages.
     """
 
     name: str
     job: PurePosixPath
-    folder: PurePosixPath
+    folder: PurePosixPath | None
     runs: PurePosixPath
     python: PurePosixPath
     overrides: Sequence[str]
     config: SubmitConfig
     launcher: Launcher
+    packages: Packages | None = None
+    user: int = 0
 
 
 def render(submission: Submission) -> str:
-    """The batch script of a submission; see tests/submit for what it looks like.
+    """The batch script of a submission; see slurm/ for what it looks like.
 
     Raises:
         JobError: a path has characters that Slurm or the shell would not take for themselves.
@@ -57,7 +63,7 @@ def log_of(submission: Submission) -> PurePosixPath:
 def _header(submission: Submission) -> Iterator[str]:
     config = submission.config
     for path in (submission.runs, submission.folder):
-        if not re.fullmatch(_SAFE_PATH, str(path)):
+        if path is not None and not re.fullmatch(_SAFE_PATH, str(path)):
             raise JobError(
                 "the batch script cannot name this folder",
                 value=str(path),
@@ -66,7 +72,7 @@ def _header(submission: Submission) -> Iterator[str]:
             )
     options: dict[str, object] = {
         "job-name": submission.name,
-        "chdir": f'"{submission.folder}"',
+        "chdir": submission.folder and f'"{submission.folder}"',
         "output": f'"{log_of(submission)}"',
         "open-mode": "append",
         "nodes": config.nodes,
@@ -113,7 +119,10 @@ def _body(submission: Submission) -> Iterator[str]:
         'echo "hpctrain: job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}, '
         'on $SLURM_JOB_NODELIST"'
     )
+    if submission.packages:
+        yield from _stage(submission, submission.packages)
     yield from (
+        f"run={_quoted(submission.runs)}/{_run_name(config)}",
         f"{_command(submission)} &",
         "launcher=$!",
         '[ -z "$told" ] || pass_on',
@@ -121,6 +130,8 @@ def _body(submission: Submission) -> Iterator[str]:
         'while kill -0 "$launcher" 2>/dev/null; do wait "$launcher"; done',
         'wait "$launcher"',
         "status=$?",
+        "# srun may end with 0 although it could not start ranks.",
+        """[ "$status" != 0 ] || grep -qs '"finished": true' "$run/run.json" || status=1""",
     )
     if config.requeue:
         yield from (
@@ -135,21 +146,49 @@ def _body(submission: Submission) -> Iterator[str]:
     yield 'exit "$status"'
 
 
+def _stage(submission: Submission, packages: Packages) -> Iterator[str]:
+    config = submission.config
+    cache = config.cache or f"/var/tmp/hpctrain-{submission.user}"
+    python, digest = _quoted(submission.python), packages.digest
+    yield from (
+        "",
+        "# Packages: each node takes the copy that it has; where one has none, all are sent it.",
+        f"cache={cache}",
+        f"packages={digest}",
+        "stage() {",
+        '  srun --mpi=none --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" \\',
+        f'    --ntasks-per-node=1 {python} -m hpctrain.submit.cache "$1" "$cache" '
+        f'{config.cache_gb:g} "$packages" "${{@:2}}"',
+        "}",
+        f"missing=$(stage check) || exit {int(ExitCode.UNFIT)}",
+        '[ -z "$missing" ] || {',
+        f'  sbcast --force {_quoted(packages.archive)} "$cache/.$SLURM_JOB_ID.tar" &&',
+        '    stage fill "$cache/.$SLURM_JOB_ID.tar"',
+        f"}} || exit {int(ExitCode.UNFIT)}",
+        f'export {ENTRY}="$cache/$packages"',
+        f'export PYTHONPATH="${ENTRY}/files${{PYTHONPATH:+:$PYTHONPATH}}"',
+        "",
+    )
+
+
 def _command(submission: Submission) -> str:
     config = submission.config
-    number = "$SLURM_JOB_ID"
     sets = [word for text in submission.overrides for word in ("--set", _quoted(text))]
     if config.array:
-        number = "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
         sets += ["--set", f'"{config.array_key}=$SLURM_ARRAY_TASK_ID"']
     words = [
         *(f'"{word}"' if word.startswith("$") else word for word in submission.launcher.words),
         *(_quoted(submission.python), "-m", "hpctrain", "run", _quoted(submission.job)),
         *sets,
-        f'--run-dir {_quoted(submission.runs)}/"slurm-{number}"',
+        '--run-dir "$run"',
         "--no-live",
     ]
     return " ".join(words)
+
+
+def _run_name(config: SubmitConfig) -> str:
+    number = "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" if config.array else "$SLURM_JOB_ID"
+    return f'"slurm-{number}"'
 
 
 def _comment(text: str) -> str:

@@ -135,7 +135,7 @@ def test_script_is_made_by_nobody_else(
     submission = queue.prepare(
         "job", Path("digits.toml"), runs, (), SubmitConfig(launcher="mpirun"), "Open MPI"
     )
-    with pytest.raises(UnfitError, match="the batch script cannot be written"):
+    with pytest.raises(UnfitError, match="the batch script, or the packages, cannot be written"):
         queue.submit(submission)
     assert not (cluster.folder / "given").exists()
     if case == "link":

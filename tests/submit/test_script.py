@@ -1,4 +1,4 @@
-"""Batch scripts as they are rendered, kept beside this file: changes show in their difference."""
+"""Batch scripts as they are rendered, kept in slurm/: changes show in their difference."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ import pytest
 
 from hpctrain.errors import JobError
 from hpctrain.submit.config import SubmitConfig
-from hpctrain.submit.launcher import Launcher
+from hpctrain.submit.launcher import Launcher, choose
+from hpctrain.submit.packages import Packages
 from hpctrain.submit.script import Submission, render
 
-GOLDEN = Path(__file__).parent / "golden"
-SRUN = Launcher(("srun", "--mpi=pmix", "--kill-on-bad-exit=1"), "started by srun's pmix")
-MPIRUN = Launcher(("mpirun", "--with-ft", "ulfm", "-n", "$SLURM_NTASKS"), "survivors live")
-SCRIPTS: dict[str, tuple[SubmitConfig, Launcher]] = {
-    "one_node": (SubmitConfig(tasks_per_node=4, time="1:00:00"), SRUN),
+PACKAGES = Packages("d" * 64, PurePosixPath(f"runs/digits/.packages/{'d' * 64}.tar"))
+KEPT = Path(__file__).parents[2] / "slurm"
+SRUN = choose("Open MPI v5.0.11", ["pmix", "pmi2"], "auto", survivors=False)
+SCRIPTS: dict[str, tuple[SubmitConfig, tuple[str, ...]]] = {
+    "one_node": (SubmitConfig(tasks_per_node=4, time="1:00:00"), ()),
     "several_nodes": (
         SubmitConfig(
             nodes=8,
@@ -31,12 +32,19 @@ SCRIPTS: dict[str, tuple[SubmitConfig, Launcher]] = {
             account="physics",
             modules=["gcc/13", "openmpi/5.0"],
         ),
-        SRUN,
+        (),
     ),
-    "gpus": (SubmitConfig(nodes=2, tasks_per_node=4, gpus_per_node=4, constraint="a100"), SRUN),
-    "coded": (SubmitConfig(nodes=3, tasks_per_node=3, survivors=True), MPIRUN),
-    "array": (SubmitConfig(array="0-9%3", requeue=False), SRUN),
-    "preemptible": (SubmitConfig(partition="scavenge", qos="low", warning_s=300), SRUN),
+    "gpus": (
+        SubmitConfig(nodes=2, tasks_per_node=4, gpus_per_node=4, constraint="a100"),
+        ("train.device=cuda",),
+    ),
+    "coded": (
+        SubmitConfig(nodes=3, tasks_per_node=3, survivors=True),
+        ("exchange.mode=coded", "coded.root=dedicated"),
+    ),
+    "array": (SubmitConfig(array="0-9%3"), ()),
+    "packages": (SubmitConfig(nodes=2, deps="deps", cache_gb=50), ()),
+    "preemptible": (SubmitConfig(partition="scavenge", qos="low", warning_s=300), ()),
 }
 
 
@@ -55,15 +63,24 @@ def submission(config: SubmitConfig, launcher: Launcher = SRUN) -> Submission:
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_scripts_are_as_they_were(name: str) -> None:
-    text, file = render(submission(*SCRIPTS[name])), GOLDEN / f"{name}.sh"
+    config, overrides = SCRIPTS[name]
+    made = dataclasses.replace(
+        submission(config, choose("Open MPI v5.0.11", ["pmix"], "auto", config.survivors)),
+        folder=None,
+        python=PurePosixPath("python"),
+        overrides=overrides,
+        packages=PACKAGES if config.deps else None,
+        user=1000,
+    )
+    text, file = render(made), KEPT / f"{name}.sh"
     if "ACCEPT" in os.environ:
         file.write_text(text)
-    assert text == file.read_text(), "ACCEPT=1 pytest tests/submit takes the new scripts as right"
+    assert text == file.read_text(), "ACCEPT=1 pytest tests/submit takes the new ones as right"
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_scripts_are_valid_shell(name: str) -> None:
-    subprocess.run(["bash", "-n", GOLDEN / f"{name}.sh"], check=True)
+    subprocess.run(["bash", "-n", KEPT / f"{name}.sh"], check=True)
 
 
 RUNNING = "JobId=17 JobState=RUNNING Requeue=1 PreemptTime=None"
@@ -72,7 +89,13 @@ CANCELLED = RUNNING.replace("RUNNING", "COMPLETING")
 
 
 def ran(
-    script: str, folder: Path, *, status: int, signal: str = "", state: str = RUNNING
+    script: str,
+    folder: Path,
+    *,
+    status: int,
+    signal: str = "",
+    state: str = RUNNING,
+    finished: bool = True,
 ) -> tuple[int, list[str]]:
     """Run a script with a launcher and an scontrol that write down how they were called."""
     tools = folder / "tools"
@@ -95,7 +118,12 @@ def ran(
         "SLURM_JOB_ID": "17",
         "SLURM_JOB_NODELIST": "n[1-2]",
     }
-    ended = subprocess.run(["bash", "-c", script], env=environment, timeout=60, check=False)
+    run = folder / "runs" / "digits" / "slurm-17"
+    run.mkdir(parents=True)
+    (run / "run.json").write_text(f'{{"finished": {"true" if finished else "false"}}}')
+    ended = subprocess.run(
+        ["bash", "-c", script], env=environment, cwd=folder, timeout=60, check=False
+    )
     return ended.returncode, calls.read_text().splitlines()
 
 
@@ -108,6 +136,12 @@ def test_status_and_requeueing(tmp_path: Path, status: int, state: str) -> None:
     assert ended == status
     again = (status == 75 and state != CANCELLED) or (status != 0 and state == PREEMPTED)
     assert ("scontrol requeue 17" in calls) == again
+
+
+def test_ranks_that_did_not_start_are_a_failure(tmp_path: Path) -> None:
+    """Whatever srun says of it."""
+    ended, _ = ran(render(submission(SubmitConfig())), tmp_path, status=0, finished=False)
+    assert ended == 1
 
 
 def test_what_must_not_be_requeued(tmp_path: Path) -> None:

@@ -21,6 +21,25 @@ from hpctrain.grad.blocks import layout, slab_size, usable, view_like
 from hpctrain.grad.coded.cells import Buffer, add_cells
 from hpctrain.grad.coded.sums import Node
 
+PIECES = 4
+"""Columns of each root at least, where gradients travel between nodes: while one is added up and
+sent back, others come."""
+LEAST_COLUMN_BYTES = 1 << 16
+"""Smaller ones cost more messages than they save time."""
+
+
+def column_bytes(model_bytes: int, block_bytes: int, roots: int, travel: bool) -> int:
+    """How large columns may be, so that all roots have some, and the same amount of work.
+
+    Args:
+        model_bytes: of all gradients.
+        block_bytes: largest column that was asked for.
+        roots: number of roots.
+        travel: whether gradients travel between nodes.
+    """
+    pieces = roots * PIECES if travel else roots
+    return min(block_bytes, max(-(-model_bytes // pieces), LEAST_COLUMN_BYTES))
+
 
 class GradientColumn:
     """A model block: parameters whose gradients are summed together.

@@ -213,7 +213,9 @@ class Coordinator:
         self._continues = continues
         self._last = self._joined.get(self._roots[0], -1) - has_failed
         now = self._now()
-        silent = {r for r, s in self._heard_s.items() if now - s > self._silence.lost_s}
+        # One that was told to end does not wait for ranks that stand still.
+        silence_s = self._silence.out_s if continues else self._silence.lost_s
+        silent = {r for r, s in self._heard_s.items() if now - s > silence_s}
         gone = as_bytes(sorted(self.dead | (silent & {*self._workers})))
         self._end = gone
         for rank in range(self._ranks):

@@ -189,7 +189,15 @@ class Round:
         """Nothing is expected of a worker any more; what it computed may have gone with it."""
         self.out.add(worker)
         for block in [b for b, w in self.done_by.items() if w == worker]:
-            del self.done_by[block]
+            others = (
+                other
+                for other, progress in enumerate(self._progress)
+                if other not in self.out and block in progress.finished
+            )
+            # Whoever has computed it as well has sent it, and would not say so again.
+            self.done_by[block] = next(others, worker)
+            if self.done_by[block] == worker:
+                del self.done_by[block]
 
     def came_back(self, worker: int, now: float) -> list[Order]:
         """A worker that was out was only silent, so that what it computed comes after all."""
@@ -209,7 +217,7 @@ class Round:
         if not free_s:
             return orders
         first_s = self._first_s(now)
-        for worker, from_s in free_s.items():
+        for worker, from_s in sorted(free_s.items(), key=lambda each: each[1]):
             block = self._choice(worker, first_s, from_s)
             if block is not None:
                 orders += self._ask(worker, block, now)

@@ -27,6 +27,7 @@ from hpctrain.grad.coded.assignment import Assignment
 from hpctrain.grad.coded.backward import Backward
 from hpctrain.grad.coded.catching_up import Stateful, packed, unpack
 from hpctrain.grad.coded.cells import Buffer, Kind, Pool, content
+from hpctrain.grad.coded.columns import column_bytes
 from hpctrain.grad.coded.config import CodedConfig, Hands, LostError
 from hpctrain.grad.coded.coordinator import Coordinator, Silence, evaluation_assignment
 from hpctrain.grad.coded.desk import ROOT_LOST_S, Desk
@@ -50,6 +51,9 @@ HELP_PAUSE = 10.0
 """States for ranks that fell behind take at most one part in so many of the first root's time."""
 STOOD_STILL_S = 60.0
 """A rank that is silent for so long counts as dead although the MPI library would have told."""
+
+LEAVING_S = 2.0
+"""How long a run that is to be continued waits for silent ranks: it may be ended soon."""
 
 _NONE = object()
 """Stands for a subset where there is none."""
@@ -78,7 +82,8 @@ class Coded:
         samples: number of samples of each data block, or what gives them for a number of data
             blocks; equal by default.
         seed: of what is drawn while a data block is computed, such as dropout.
-        block_bytes: largest model block, unless a parameter is larger.
+        block_bytes: largest model block, unless a parameter is larger; smaller ones are made where
+            all roots would not have one, or gradients travel between nodes.
         extra: what else has a state that must be the same on all ranks.
         assignment: who holds which data blocks, if made by hand.
 
@@ -205,7 +210,11 @@ class Coded:
                 config.relearn,
                 self.worker.has_all,
             )
-        self._backward = Backward(module, device, pool, self.worker, hands.roots, block_bytes)
+        model_bytes = sum(p.nbytes for p in module.parameters() if p.requires_grad)
+        self._backward = Backward(
+            *(module, device, pool, self.worker, hands.roots),
+            column_bytes(model_bytes, block_bytes, len(hands.roots), len(self.world.nodes) > 1),
+        )
         self._record = Record(
             self.engine, hands.workers, self.samples, self.aggregator, self.coordinator
         )
@@ -356,13 +365,15 @@ class Coded:
         """
         coordinator = self.coordinator
         if coordinator and not self._desk.is_closed:
-            self.engine.drive(lambda: coordinator.knows_who_is_left, WAIT_S)
+            until_s = now_s() + (LEAVING_S if continues else math.inf)
+            self.engine.drive(lambda: coordinator.knows_who_is_left or now_s() >= until_s, WAIT_S)
             has_failed = self._trouble() is not None or self._has_given_up
             with self.engine.exclusive():
                 coordinator.end(has_failed, continues)
         self.mailbox.abandon()  # closed at the next meeting of all ranks, after what follows
         self.engine.drive(lambda: self.worker.ended is not None or bool(self._trouble()), WAIT_S)
-        if coordinator or self.worker.ended is None:  # once it is over, a root may leave
+        # Once it is over, a root may leave; what is saved and continues has no trouble any more.
+        if (coordinator and not continues) or self.worker.ended is None:
             self._raise_trouble()
         self._record.rounds(self._round, self._backward.all_columns)
         self._leave()
@@ -431,9 +442,9 @@ class Coded:
             computed = self._compute_subset(subset, loss, around, following is _NONE)
             computed = computed and worker.is_wanted
             subset = following
+        if computed and not self._layout:
+            computed = self._agree()
         if computed:
-            if not self._layout:
-                self._agree()
             self._backward.finish(self.samples[block] / sum(self.samples))
         else:
             worker.give_up()
@@ -473,15 +484,24 @@ class Coded:
 
     # ------------------------------------------------------------------ order of model blocks
 
-    def _agree(self) -> None:
-        """In the first step: propose the order that backward showed, and take the one agreed on."""
+    def _agree(self) -> bool:
+        """In the first step: propose the order that backward showed, and take the one agreed on.
+
+        Returns:
+            Whether there is one: the run may end in its first step.
+        """
         desk, proposal = self._desk, self._backward.proposal()
         self.mailbox.send(
             self.hands.roots[0], self._pool.message(Kind.ORDER, self._round, data=proposal)
         )
-        self.engine.drive(lambda: desk.layout is not None or bool(self._trouble()), WAIT_S)
-        self._raise_trouble()
+        worker = self.worker
+        self.engine.drive(
+            lambda: desk.layout is not None or worker.is_over or bool(self._trouble()), WAIT_S
+        )
+        if not worker.is_over:
+            self._raise_trouble()
         self._take_layout()
+        return bool(self._layout)
 
     def _take_layout(self) -> None:
         if self._desk.layout and not self._layout:

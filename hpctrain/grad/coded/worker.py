@@ -261,8 +261,9 @@ class Worker:
         if kind is Kind.END:
             self.continues = bool(buffer.lo)
             self.ended, self._last_round = content(buffer), buffer.round
-        elif kind is Kind.OWN and buffer.round > self._own_round:
-            self.own, self._own_round = as_blocks(content(buffer)), buffer.round
+        elif kind is Kind.OWN:
+            if buffer.round > self._own_round:
+                self.own, self._own_round = as_blocks(content(buffer)), buffer.round
         elif kind is Kind.STATE:
             there = self.arrived.state
             if buffer.round > (there.round if there else self.round):

@@ -12,7 +12,13 @@ from torch import nn
 
 from hpctrain.errors import ExchangeError
 from hpctrain.grad.coded.cells import Buffer, Pool
-from hpctrain.grad.coded.columns import BufferColumn, GradientColumn, buffer_columns
+from hpctrain.grad.coded.columns import (
+    LEAST_COLUMN_BYTES,
+    BufferColumn,
+    GradientColumn,
+    buffer_columns,
+    column_bytes,
+)
 
 DTYPES = (
     *(torch.float32, torch.float64, torch.float16, torch.bfloat16),
@@ -441,3 +447,15 @@ def test_buffers_are_found_anew() -> None:
 def test_no_buffers_no_columns() -> None:
     assert buffer_columns(nn.Linear(2, 2), 0) == []
     assert len(buffer_columns(nn.BatchNorm1d(2), 0)) == 2
+
+
+@pytest.mark.parametrize(
+    ("roots", "travel", "expected"),
+    [(1, False, 4 << 20), (4, False, 2 << 20), (1, True, 2 << 20), (4, True, 1 << 19)],
+)
+def test_all_roots_have_columns_and_more_of_them_travel(
+    roots: int, travel: bool, expected: int
+) -> None:
+    assert column_bytes(8 << 20, 4 << 20, roots, travel) == expected
+    assert column_bytes(8, 4 << 20, roots, travel) == LEAST_COLUMN_BYTES
+    assert column_bytes(8 << 20, 1 << 10, roots, travel) == 1 << 10

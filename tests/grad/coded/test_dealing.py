@@ -15,6 +15,7 @@ from hpctrain.grad.coded.dealing import (
     AHEAD,
     AHEAD_S,
     MARGIN,
+    OVERDUE,
     PATIENCE,
     Act,
     Order,
@@ -308,7 +309,38 @@ def test_a_helper_is_asked_before_it_has_nothing_to_do() -> None:
     # It still has to finish its own, and has begun the other only then.
     assert not clock.done(1, 3, now=2)
     assert clock.round.expected_s(1, 2.5) == [(4, 3.0)]
-    assert not clock.done(1, 4, now=3) - orders((Act.DROP, 2, 4))
+    assert clock.done(1, 4, now=3) == orders((Act.DROP, 2, 4))
+
+
+def test_what_a_helper_still_has_to_finish_counts() -> None:
+    clock = Clock(owned=1)
+    clock.join(1)
+    now = 1 - AHEAD_S * 2 / 3
+    # Worker 2 is expected a little later than an idle helper would be, by the margin.
+    clock.join(2, now=now - 1 - (1 + MARGIN + AHEAD_S / 3) / OVERDUE)
+    assert not clock.decide(now)
+    assert not clock.done(1, 1, now=now)
+    assert clock.decide(now) == orders((Act.HELP, 1, 2), (Act.TAKEN, 2, 2))
+
+
+def test_whoever_is_free_first_is_asked_first() -> None:
+    clock = Clock(owned=1)
+    clock.join(0, now=AHEAD_S / 2)
+    clock.join(1, 2)
+    clock.done(1, 1, now=1)
+    clock.round.went_out(2)
+    assert clock.decide(1) == orders((Act.HELP, 1, 2), (Act.TAKEN, 2, 2))
+
+
+def test_what_a_lost_worker_was_not_alone_to_compute_is_there() -> None:
+    clock = Clock(owned=1)
+    clock.join(0, 1, 2)
+    clock.done(0, 0, now=1)
+    assert clock.decide(3)
+    assert clock.done(0, 2, now=4) == orders((Act.DROP, 2, 2))
+    clock.done(2, 2, now=4)  # which had not heard of it
+    clock.round.went_out(0)
+    assert clock.round.done_by == {2: 2}
 
 
 def test_what_a_helper_has_not_begun_is_taken_back_when_it_is_there() -> None:

@@ -7,6 +7,7 @@ loop of a rank is what `Coded.step`, `Coded.evaluate` and `Coded.end` do.
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 import itertools
 import random
@@ -20,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 
+from hpctrain.grad.coded import dealing
 from hpctrain.grad.coded.aggregator import Aggregator
 from hpctrain.grad.coded.assignment import place
 from hpctrain.grad.coded.cells import HEADER_BYTES, Buffer, Kind, Pool, Spot, content
@@ -290,8 +292,8 @@ class Rank:
 
     def _step(self) -> Iterator[float]:
         scene, draw, worker = self.network.scene, self.draw, self.worker
-        self._help_those_behind()
         self._begin()
+        self._help_those_behind()
         worker.begin(self.round, self.network.assignment.blocks, self.columns)
         if draw.random() < scene.stalls:  # the whole process
             self.network.freeze(self, draw.uniform(0, 2 * LONG_S))
@@ -301,6 +303,7 @@ class Rank:
             block = worker.next_block()
             if block is None:
                 yield -1
+                self._help_those_behind()
             else:
                 yield from self._compute(block, slow * draw.uniform(0.9, 1.1))
         if not self._has_results():
@@ -386,7 +389,7 @@ class Rank:
             return
         for rank in self.coordinator.take_behind():
             state = struct.pack("<q", self.step) + bytes(self.draw.randrange(100, 300))
-            self.post(rank, self.pool.message(Kind.STATE, self.round + 1, data=state))
+            self.post(rank, self.pool.message(Kind.STATE, self.round, data=state))
 
     def _has_results(self) -> bool:
         if self.worker.is_whole:
@@ -597,3 +600,14 @@ def test_every_result_is_the_canonical_sum(scene: Scene) -> None:
     assert moves == 0 if scene.name == "calm" else moves > 0
     assert any(rank.lending and rank.lending._seen for rank in network.ranks) == scene.near
     print(f"{network.now_s:.0f} s, {moves} moves")
+
+
+@pytest.mark.parametrize("name", ["odd", "deaths", "silent deaths"])
+def test_sums_are_the_same_where_most_helpers_are_asked_ahead(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dealing, "AHEAD_S", LONG_S)
+    (scene,) = (scene for scene in SCENES if scene.name == name)
+    network = Network(dataclasses.replace(scene, steps=200))
+    network.run()
+    assert all(rank.dead or rank.step > 180 for rank in network.ranks)

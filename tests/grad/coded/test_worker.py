@@ -8,7 +8,7 @@ import pytest
 
 from hpctrain.grad.coded.cells import Buffer, Kind, Pool
 from hpctrain.grad.coded.schemes import scheme_of
-from hpctrain.grad.coded.worker import Worker
+from hpctrain.grad.coded.worker import Worker, as_bytes
 
 
 class Bench:
@@ -64,6 +64,16 @@ def test_a_second_state_is_not_taken_for_an_order(bench: Bench) -> None:
     late = bench.tell(Kind.STATE, 5)
     assert late.holders == 0
     assert [bench.worker.next_block() for _ in range(3)] == [0, 1, 2]
+
+
+def test_an_old_deal_is_not_taken_for_an_order(bench: Bench) -> None:
+    letter = bench.pool.message(Kind.OWN, 7, data=as_bytes((0, 1)))
+    bench.worker.receive(letter)
+    bench.worker.begin(5, 6, ())
+    late = bench.pool.message(Kind.OWN, 5, data=as_bytes((4,)))
+    bench.worker.receive(late)
+    assert late.holders == 0
+    assert [bench.worker.next_block() for _ in range(3)] == [0, 1, None]
 
 
 @pytest.mark.parametrize("rounds", [(6, 9), (9, 6)])

@@ -1,17 +1,16 @@
 #!/bin/bash
 #SBATCH --job-name=digits
-#SBATCH --chdir="/home/me/a project"
-#SBATCH --output="runs/digits/slurm-%j.log"
+#SBATCH --output="runs/digits/slurm-%A_%a.log"
 #SBATCH --open-mode=append
-#SBATCH --nodes=3
-#SBATCH --ntasks=9
-#SBATCH --ntasks-per-node=3
+#SBATCH --nodes=1
+#SBATCH --ntasks=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --array=0-9%3
 #SBATCH --signal=B:USR1@120
 #SBATCH --requeue
-#SBATCH --no-kill
 
 # Rendered by hpctrain submit jobs/digits.toml
-# Launcher: survivors live
+# Launcher: Open MPI v5.0.11 is started by srun's pmix
 # If you submit it yourself, first: mkdir -p runs/digits
 
 # Slurm tells this shell ahead of the time limit; ranks save and end with 75 then.
@@ -20,13 +19,16 @@ pass_on() { told=1; [ -z "$launcher" ] || kill -USR1 "$launcher"; }
 trap pass_on USR1 TERM
 
 echo "hpctrain: job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}, on $SLURM_JOB_NODELIST"
-mpirun --with-ft ulfm -n "$SLURM_NTASKS" /home/me/venv/bin/python -m hpctrain run jobs/digits.toml --set train.steps=20 --set 'schedule.name='"'"'cosine'"'"'; echo pwned' --run-dir runs/digits/"slurm-$SLURM_JOB_ID" --no-live &
+run=runs/digits/"slurm-${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
+srun --mpi=pmix --kill-on-bad-exit=1 python -m hpctrain run jobs/digits.toml --set "seed=$SLURM_ARRAY_TASK_ID" --run-dir "$run" --no-live &
 launcher=$!
 [ -z "$told" ] || pass_on
 # A signal ends `wait`, but not yet what it waits for.
 while kill -0 "$launcher" 2>/dev/null; do wait "$launcher"; done
 wait "$launcher"
 status=$?
+# srun may end with 0 although it could not start ranks.
+[ "$status" != 0 ] || grep -qs '"finished": true' "$run/run.json" || status=1
 # Back into the queue: what was told to end and has saved, and what is preempted but
 # ended before Slurm ended it. Not what was cancelled, which is no longer RUNNING.
 case "$status $(scontrol -o show job "$SLURM_JOB_ID")" in

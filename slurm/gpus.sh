@@ -1,18 +1,17 @@
 #!/bin/bash
 #SBATCH --job-name=digits
-#SBATCH --chdir="/home/me/a project"
 #SBATCH --output="runs/digits/slurm-%j.log"
 #SBATCH --open-mode=append
-#SBATCH --nodes=1
-#SBATCH --ntasks=1
-#SBATCH --ntasks-per-node=1
-#SBATCH --partition=scavenge
-#SBATCH --qos=low
-#SBATCH --signal=B:USR1@300
+#SBATCH --nodes=2
+#SBATCH --ntasks=8
+#SBATCH --ntasks-per-node=4
+#SBATCH --gpus-per-node=4
+#SBATCH --constraint=a100
+#SBATCH --signal=B:USR1@120
 #SBATCH --requeue
 
 # Rendered by hpctrain submit jobs/digits.toml
-# Launcher: started by srun's pmix
+# Launcher: Open MPI v5.0.11 is started by srun's pmix
 # If you submit it yourself, first: mkdir -p runs/digits
 
 # Slurm tells this shell ahead of the time limit; ranks save and end with 75 then.
@@ -21,13 +20,16 @@ pass_on() { told=1; [ -z "$launcher" ] || kill -USR1 "$launcher"; }
 trap pass_on USR1 TERM
 
 echo "hpctrain: job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}, on $SLURM_JOB_NODELIST"
-srun --mpi=pmix --kill-on-bad-exit=1 /home/me/venv/bin/python -m hpctrain run jobs/digits.toml --set train.steps=20 --set 'schedule.name='"'"'cosine'"'"'; echo pwned' --run-dir runs/digits/"slurm-$SLURM_JOB_ID" --no-live &
+run=runs/digits/"slurm-$SLURM_JOB_ID"
+srun --mpi=pmix --kill-on-bad-exit=1 python -m hpctrain run jobs/digits.toml --set train.device=cuda --run-dir "$run" --no-live &
 launcher=$!
 [ -z "$told" ] || pass_on
 # A signal ends `wait`, but not yet what it waits for.
 while kill -0 "$launcher" 2>/dev/null; do wait "$launcher"; done
 wait "$launcher"
 status=$?
+# srun may end with 0 although it could not start ranks.
+[ "$status" != 0 ] || grep -qs '"finished": true' "$run/run.json" || status=1
 # Back into the queue: what was told to end and has saved, and what is preempted but
 # ended before Slurm ended it. Not what was cancelled, which is no longer RUNNING.
 case "$status $(scontrol -o show job "$SLURM_JOB_ID")" in

@@ -1,21 +1,16 @@
 #!/bin/bash
 #SBATCH --job-name=digits
-#SBATCH --chdir="/home/me/a project"
 #SBATCH --output="runs/digits/slurm-%j.log"
 #SBATCH --open-mode=append
-#SBATCH --nodes=8
-#SBATCH --ntasks=16
-#SBATCH --ntasks-per-node=2
-#SBATCH --cpus-per-task=16
-#SBATCH --mem=64G
-#SBATCH --time=2-00:00:00
-#SBATCH --partition=batch
-#SBATCH --account=physics
+#SBATCH --nodes=3
+#SBATCH --ntasks=9
+#SBATCH --ntasks-per-node=3
 #SBATCH --signal=B:USR1@120
 #SBATCH --requeue
+#SBATCH --no-kill
 
 # Rendered by hpctrain submit jobs/digits.toml
-# Launcher: started by srun's pmix
+# Launcher: survivors live under Open MPI's mpirun alone
 # If you submit it yourself, first: mkdir -p runs/digits
 
 # Slurm tells this shell ahead of the time limit; ranks save and end with 75 then.
@@ -23,17 +18,17 @@ launcher= told=
 pass_on() { told=1; [ -z "$launcher" ] || kill -USR1 "$launcher"; }
 trap pass_on USR1 TERM
 
-module load gcc/13 || exit 3
-module load openmpi/5.0 || exit 3
-export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"
 echo "hpctrain: job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}, on $SLURM_JOB_NODELIST"
-srun --mpi=pmix --kill-on-bad-exit=1 /home/me/venv/bin/python -m hpctrain run jobs/digits.toml --set train.steps=20 --set 'schedule.name='"'"'cosine'"'"'; echo pwned' --run-dir runs/digits/"slurm-$SLURM_JOB_ID" --no-live &
+run=runs/digits/"slurm-$SLURM_JOB_ID"
+mpirun --with-ft ulfm -n "$SLURM_NTASKS" python -m hpctrain run jobs/digits.toml --set exchange.mode=coded --set coded.root=dedicated --run-dir "$run" --no-live &
 launcher=$!
 [ -z "$told" ] || pass_on
 # A signal ends `wait`, but not yet what it waits for.
 while kill -0 "$launcher" 2>/dev/null; do wait "$launcher"; done
 wait "$launcher"
 status=$?
+# srun may end with 0 although it could not start ranks.
+[ "$status" != 0 ] || grep -qs '"finished": true' "$run/run.json" || status=1
 # Back into the queue: what was told to end and has saved, and what is preempted but
 # ended before Slurm ended it. Not what was cancelled, which is no longer RUNNING.
 case "$status $(scontrol -o show job "$SLURM_JOB_ID")" in

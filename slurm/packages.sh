@@ -1,0 +1,54 @@
+#!/bin/bash
+#SBATCH --job-name=digits
+#SBATCH --output="runs/digits/slurm-%j.log"
+#SBATCH --open-mode=append
+#SBATCH --nodes=2
+#SBATCH --ntasks=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --signal=B:USR1@120
+#SBATCH --requeue
+
+# Rendered by hpctrain submit jobs/digits.toml
+# Launcher: Open MPI v5.0.11 is started by srun's pmix
+# If you submit it yourself, first: mkdir -p runs/digits
+
+# Slurm tells this shell ahead of the time limit; ranks save and end with 75 then.
+launcher= told=
+pass_on() { told=1; [ -z "$launcher" ] || kill -USR1 "$launcher"; }
+trap pass_on USR1 TERM
+
+echo "hpctrain: job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}, on $SLURM_JOB_NODELIST"
+
+# Packages: each node takes the copy that it has; where one has none, all are sent it.
+cache=/var/tmp/hpctrain-1000
+packages=dddddddddddddddddddddddddddddddddddddddddddddddddddddddddddddddd
+stage() {
+  srun --mpi=none --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" \
+    --ntasks-per-node=1 python -m hpctrain.submit.cache "$1" "$cache" 50 "$packages" "${@:2}"
+}
+missing=$(stage check) || exit 3
+[ -z "$missing" ] || {
+  sbcast --force runs/digits/.packages/dddddddddddddddddddddddddddddddddddddddddddddddddddddddddddddddd.tar "$cache/.$SLURM_JOB_ID.tar" &&
+    stage fill "$cache/.$SLURM_JOB_ID.tar"
+} || exit 3
+export HPCTRAIN_PACKAGES="$cache/$packages"
+export PYTHONPATH="$HPCTRAIN_PACKAGES/files${PYTHONPATH:+:$PYTHONPATH}"
+
+run=runs/digits/"slurm-$SLURM_JOB_ID"
+srun --mpi=pmix --kill-on-bad-exit=1 python -m hpctrain run jobs/digits.toml --run-dir "$run" --no-live &
+launcher=$!
+[ -z "$told" ] || pass_on
+# A signal ends `wait`, but not yet what it waits for.
+while kill -0 "$launcher" 2>/dev/null; do wait "$launcher"; done
+wait "$launcher"
+status=$?
+# srun may end with 0 although it could not start ranks.
+[ "$status" != 0 ] || grep -qs '"finished": true' "$run/run.json" || status=1
+# Back into the queue: what was told to end and has saved, and what is preempted but
+# ended before Slurm ended it. Not what was cancelled, which is no longer RUNNING.
+case "$status $(scontrol -o show job "$SLURM_JOB_ID")" in
+  "0 "*) ;;
+  "75 "*JobState=RUNNING* | *JobState=RUNNING*PreemptTime=2*)
+    scontrol requeue "$SLURM_JOB_ID" ;;
+esac
+exit "$status"
