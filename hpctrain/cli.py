@@ -5,14 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import threading
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hpctrain import __version__
-from hpctrain.errors import ExitCode, HpctrainError, JobError, UnfitError
+from hpctrain import __version__, streams
+from hpctrain.errors import ExitCode, HpctrainError, JobError, UnfitError, shown
 from hpctrain.stop import StopRequest
 from hpctrain.submit import cache
 
@@ -64,15 +67,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0 done, 1 crashed, 2 the job is wrong, 3 the environment is unfit.
     """
-    parser = _parser()
-    chosen = parser.parse_args(arguments)
+    streams.open_missing()
+    chosen = None
     try:
-        return int(chosen.command(chosen))
+        chosen = _parsed(arguments)
+        status = int(chosen.command(chosen))
+        streams.flush()
+        return status
     except HpctrainError as error:
-        if not error.everywhere and chosen.command is not _submit:  # which runs in one process
+        alone = chosen is not None and chosen.command is _submit  # which runs in one process
+        is_plain = isinstance(error, (JobError, UnfitError))  # and needs no traceback
+        if not (error.everywhere or alone or is_plain):
             raise
         _say_once(error)
         return int(error.exit_code)
+
+
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    try:
+        return _parser().parse_args(arguments)
+    except SystemExit:
+        streams.flush()  # the help
+        raise
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -179,18 +195,26 @@ def _load_together(path: Path, overrides: Sequence[str]) -> LoadedJob:
     from hpctrain import job
     from hpctrain.world import join
 
-    loaded, mistakes = None, None
+    loaded, mistakes, fingerprint = None, None, ""
     try:
         loaded = job.load(path, overrides)
+        fingerprint = loaded.fingerprint
     except JobError as error:
         mistakes = str(error)
     try:
-        everyone = join().comm.allgather(mistakes)
+        everyone = join().comm.allgather((mistakes, fingerprint))
     except UnfitError as error:
         raise JobError(f"{mistakes}\n{error}", everywhere=True) if mistakes else error from None
-    for rank, text in enumerate(everyone):
+    for rank, (text, _) in enumerate(everyone):
         if text:
             raise JobError(text if rank == 0 else f"rank {rank}: {text}", everywhere=True)
+    if odd := [rank for rank, (_, other) in enumerate(everyone) if other != everyone[0][1]]:
+        raise JobError(
+            "the job is not the same on all ranks",
+            where=f"other than on rank 0: {shown(odd)}",
+            fix="start all ranks with one command, where they read the same job file and module",
+            everywhere=True,
+        )
     assert loaded is not None
     return loaded
 
@@ -206,7 +230,10 @@ def _submit(chosen: argparse.Namespace) -> int:
         for key, value in asked.items()
         if value is not None
     ]
-    loaded = job.load(chosen.job, [*chosen.overrides, *options])
+    given = [*chosen.overrides, *options]
+    loaded = job.load(chosen.job, given)
+    if first := re.match("[0-9]+", loaded.job.submit.array):  # each task sets its own
+        job.load(chosen.job, [*given, f"{loaded.job.submit.array_key}={first[0]}"])
     submission = queue.prepare(
         loaded.name,
         chosen.job,
@@ -216,9 +243,9 @@ def _submit(chosen: argparse.Namespace) -> int:
         library_name(load_mpi().Get_library_version()),
     )
     if chosen.dry_run:
-        print(script.render(submission), end="")
+        streams.say(script.render(submission))
     else:
-        print(queue.submit(submission).text)
+        streams.say(f"{queue.submit(submission).text}\n")
     return ExitCode.DONE
 
 
@@ -227,7 +254,7 @@ def _keys(chosen: argparse.Namespace) -> int:
     from hpctrain.job import Job
 
     show = keys.as_markdown if chosen.markdown else keys.as_text
-    print(show(keys.keys_of(Job)))
+    streams.say(f"{show(keys.keys_of(Job))}\n")
     return ExitCode.DONE
 
 
@@ -239,7 +266,7 @@ def _doctor(chosen: argparse.Namespace) -> int:
         world = join()
     except UnfitError as error:
         if chosen.json and launched_rank(os.environ) == 0:
-            print(doctor.refused(error), flush=True)
+            streams.say(f"{doctor.refused(error)}\n")
         raise
     if chosen.kill_a_rank:
         return doctor.kill_a_rank(world)
@@ -249,26 +276,31 @@ def _doctor(chosen: argparse.Namespace) -> int:
 def _report(chosen: argparse.Namespace) -> int:
     from hpctrain import report
 
-    print(report.write(chosen.run, required=True))
+    streams.say(f"{report.write(chosen.run, required=True)}\n")
     return ExitCode.DONE
 
 
 def _say_once(error: HpctrainError) -> None:
     """Show an error that every rank has met, from rank 0; from another if it is alone with it.
 
-    Ranks that all end do so at once. One that is alone waits for the others at the exit, until
-    they are ended because it has left: it speaks before that.
+    Ranks that all end do so at once. One that may be alone ends the others. One that turns out to
+    be waits for them at the exit, until they are ended because it has left: it speaks before that.
     """
     from hpctrain.world import current, launched_rank
 
     world = current()
     rank = world.rank if world else launched_rank(os.environ)
     text = f"hpctrain: {error}\n"
-    if rank == 0:
-        sys.stderr.write(text)
-        sys.stderr.flush()
+    if world and world.size > 1 and not error.everywhere:
+        time.sleep(rank and ALONE_S + min(rank, 20) / 10)  # ranks may have met it one and all
+        streams.tell(f"hpctrain: {world.name_of(rank)} at {world.position}: {error}\n")
+        world.abort(error.exit_code)
+    elif rank == 0:
+        with suppress(OSError, ValueError):
+            sys.stderr.write(text)
+            sys.stderr.flush()
     elif world:
-        alone = threading.Timer(ALONE_S, os.write, (2, f"rank {rank}: {text}".encode()))
+        alone = threading.Timer(ALONE_S, streams.tell, [f"rank {rank}: {text}"])
         alone.daemon = True
         alone.start()
 

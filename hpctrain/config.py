@@ -19,16 +19,22 @@ import math
 import re
 import types
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from hpctrain.errors import HpctrainError, JobError
+from hpctrain.errors import HpctrainError, JobError, shortened, shown
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 T = TypeVar("T", bound="DataclassInstance")
 
+LONGEST_S = 1_000_000_000
+"""Of a time in a job: some thirty years, and still what clocks and locks of the system take."""
+_LARGEST_INTEGER = (1 << 63) - 1
+"""Of a field without a maximum: what TOML promises to keep, and all that C code takes."""
+_HINTED = 50
+"""Behind so many mistakes, none is told the nearest valid name, which takes time."""
 _NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
 
 
@@ -86,7 +92,7 @@ def read(cls: type[T], table: object, where: str, mistakes: list[str]) -> T | No
         The instance, or None when a mistake of this table keeps it from being built.
     """
     if not isinstance(table, Mapping):
-        mistakes.append(f"{where}: expected a table, got {table!r}")
+        mistakes.append(f"{where}: expected a table, got {shown(table)}")
         return None
     found_before = len(mistakes)
     hints = typing.get_type_hints(cls)
@@ -94,7 +100,8 @@ def read(cls: type[T], table: object, where: str, mistakes: list[str]) -> T | No
     values: dict[str, Any] = {}
     for name in table:
         if name not in fields:
-            mistakes.append(f"{_join(where, name)}: unknown key{nearest(str(name), fields)}")
+            hint = nearest(str(name), fields) if len(mistakes) < _HINTED else ""
+            mistakes.append(f"{_join(where, name)}: unknown key{hint}")
     for name, field in fields.items():
         place = _join(where, name)
         if name in table:
@@ -130,7 +137,13 @@ def check(config: Any) -> None:
 
 
 def _join(where: str, name: object) -> str:
-    return f"{where}.{name}" if where else str(name)
+    return f"{where}.{key_text(name)}" if where else key_text(name)
+
+
+def key_text(name: object) -> str:
+    """A key for a message: as TOML has it where it is a plain word, else in quotes."""
+    text = str(name)
+    return shortened(text, 60) if re.fullmatch(r"[A-Za-z0-9_-]+", text) else shown(text, 60)
 
 
 def _required(field: dataclasses.Field[Any]) -> bool:
@@ -151,15 +164,29 @@ def _value(
             continue
         if isinstance(value, float) and not math.isfinite(value):
             break
+        if isinstance(value, (Mapping, list)):
+            mistakes += _unkept(value, place)
         allowed = _broken_rule(value, field.metadata)
         if allowed:
-            mistakes.append(f"{place}: got {value!r}; allowed: {allowed}")
+            mistakes.append(f"{place}: got {shown(value)}; allowed: {allowed}")
         return value
     expected = " or ".join(
         _NAMES.get(kind, _describe(kind)) for kind in kinds if kind is not type(None)
     )
-    mistakes.append(f"{place}: expected {expected}, got {value!r}")
+    mistakes.append(f"{place}: expected {expected}, got {shown(value)}")
     return value
+
+
+def _unkept(value: object, place: str) -> Iterator[str]:
+    """Integers inside a table or list that could not even be written down again."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _unkept(inner, _join(place, key))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _unkept(inner, place)
+    elif isinstance(value, int) and value.bit_length() > 1000:
+        yield f"{place}: expected an integer of 64 bits, got {shown(value)}"
 
 
 def _is_a(value: object, kind: Any) -> bool:
@@ -182,6 +209,8 @@ def _broken_rule(value: Any, rules: Mapping[str, Any]) -> str:
         close = difflib.get_close_matches(str(value), rules["choices"], n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         return rules_text(rules) + hint
+    if isinstance(value, int) and "maximum" not in rules and abs(value) > _LARGEST_INTEGER:
+        return " and ".join(filter(None, (rules_text(rules), f"at most {_LARGEST_INTEGER}")))
     texts = value if isinstance(value, list) else [value]
     broken = (
         ("pattern" in rules and not all(_matches(rules["pattern"][0], text) for text in texts))

@@ -26,6 +26,7 @@ from hpctrain.comm.device_probe import TAKEN, device_calls
 from hpctrain.comm.engine import Engine, engine_of
 from hpctrain.comm.measure import Link, measure_all_reduce, measure_links, progress_trial
 from hpctrain.errors import ExitCode, JobError, UnfitError
+from hpctrain.streams import say
 from hpctrain.world import FORWARD_S, Seat, World, launched_size, tells_of_deaths
 
 OK, WARNING, UNFIT = "ok", "warning", "unfit"
@@ -67,7 +68,7 @@ def run(world: World, as_json: bool) -> int:
     ]
     fit = all(finding.verdict != UNFIT for finding in findings)
     if world.is_root:
-        print(_as_json(world, findings, fit) if as_json else _as_text(findings, fit), flush=True)
+        say(f"{_as_json(world, findings, fit) if as_json else _as_text(findings, fit)}\n")
     return ExitCode.DONE if fit else ExitCode.UNFIT
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from enum import IntEnum
 
+MOST_SHOWN = 200
+"""Characters of a value in a message."""
+
 
 class ExitCode(IntEnum):
     """What a job's exit status means to the shell, to Slurm and to a relauncher."""
@@ -13,6 +16,39 @@ class ExitCode(IntEnum):
     BAD_JOB = 2
     UNFIT = 3
     REQUEUE = 75
+
+
+def shown(value: object, most: int = MOST_SHOWN) -> str:
+    """A value as a message shows it: in one line, without control characters, and never long.
+
+    Made for what users write and their code returns: it bears values whose `repr` fails.
+    """
+    if isinstance(value, int) and value.bit_length() > 1000:
+        return f"an integer of {value.bit_length()} bits"
+    try:
+        text = repr(value)
+    except Exception as error:
+        return f"a {type(value).__name__} that cannot be shown ({type(error).__name__})"
+    if not text.isprintable():  # a repr of the user's own
+        text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return shortened(text, most)
+
+
+def shortened(text: str, most: int = MOST_SHOWN) -> str:
+    """A text for a message: its begin and its end, if it is longer than `most` characters."""
+    if len(text) <= most:
+        return text
+    end = most // 4
+    return f"{text[: most - end]} ... {text[-end:]} ({len(text)} characters)"
+
+
+def told(error: BaseException) -> str:
+    """`ValueError: no such weights`: an exception of the user's code in a message."""
+    try:
+        text = shortened(str(error), 600)
+    except Exception:
+        text = ""
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 class HpctrainError(Exception):
@@ -50,14 +86,17 @@ class HpctrainError(Exception):
     def _text(self) -> str:
         text = self.what
         if self.value is not None:
-            text += f": got {self.value!r}"
+            text += f": got {shown(self.value)}"
         if self.allowed:
             text += f"; allowed: {self.allowed}"
         if self.where:
             text += f"\n  where: {self.where}"
         if self.fix:
             text += f"\n  fix: {self.fix}"
-        return text
+        if text.isprintable():
+            return text
+        # Names of files may hold anything, also what a terminal would obey.
+        return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 class JobError(HpctrainError):

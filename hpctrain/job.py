@@ -28,19 +28,19 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from torch import nn
-
 from hpctrain import job_file
 from hpctrain.comm.collect import all_gather
 from hpctrain.comm.engine import engine_of
-from hpctrain.config import nearest, option, read
+from hpctrain.config import key_text, nearest, option, read
+from hpctrain.data.batches import data_error
 from hpctrain.data.generators import seed_generators
-from hpctrain.errors import ExchangeError, JobError, MismatchError
+from hpctrain.errors import ExchangeError, JobError, MismatchError, shortened, shown, told
 from hpctrain.grad.coded.config import CodedConfig
 from hpctrain.grad.config import ExchangeConfig
 from hpctrain.stop import StopRequest
 from hpctrain.submit.config import SubmitConfig
 from hpctrain.train.checkpoint import CheckpointConfig
+from hpctrain.train.checks import model_mistake
 from hpctrain.train.coded_loop import CodedTrainer
 from hpctrain.train.inject import InjectConfig
 from hpctrain.train.loop import Trainer
@@ -51,6 +51,13 @@ from hpctrain.world import World
 
 _REQUIRED = ("model", "train_data", "loss")
 _OPTIONAL = ("validation_data", "metrics", "collate", "sample")
+_GIVEN = {
+    "loss": ("model", "batch"),
+    "metrics": ("model", "batch"),
+    "collate": ("samples",),
+    "sample": ("model",),
+}
+"""What functions of the module are called with, in order."""
 MOST_SAMPLES = 1 << 24
 """Of a step. A larger batch is a slip: reading it would take hours and look like a hang."""
 
@@ -62,6 +69,9 @@ class Job:
     module: str
     """The job module, a Python file, relative to the job file."""
     train: TrainConfig
+    extends: str | None = None
+    """Another job file, relative to this one, whose values hold where this one says nothing; tables
+    are put together key by key."""
     seed: int = option(0, minimum=0, maximum=(1 << 63) - 1)
     """Of initial parameters, order of samples and all random generators."""
     model: dict[str, Any] = option({})
@@ -93,6 +103,8 @@ class LoadedJob:
     path: Path
     job: Job
     module: ModuleType
+    source: Path
+    """Of the module."""
     file: job_file.JobFile
 
     @property
@@ -101,7 +113,7 @@ class LoadedJob:
         values = dataclasses.asdict(self.job)
         for name in KEPT_APART:
             del values[name]
-        source = Path(inspect.getfile(self.module)).read_bytes()
+        source = self.source.read_bytes()
         text = json.dumps(values, sort_keys=True, default=str).encode()
         return hashlib.sha256(text + source).hexdigest()[:16]
 
@@ -114,15 +126,22 @@ class LoadedJob:
         module, job = self.module, self.job
         seed_generators(job.seed)
         model = self._call("model", "model", job.model)
-        if not isinstance(model, nn.Module):
+        if mistake := model_mistake(model):
             raise JobError(
-                f"{self.job.module}: model() returned no torch module", value=type(model).__name__
+                f"{job.module}: model() returned {mistake}",
+                where=_place_of(module.model),
+                fix="return an instance of torch.nn.Module that has parameters to train",
             )
         data = {
             name: self._call(name, "data", _accepted(getattr(module, name), job.data))
             for name in ("train_data", "validation_data")
             if getattr(module, name, None)
         }
+        for name, made in data.items():
+            if made is None and name in _OPTIONAL:
+                continue
+            if error := data_error(made, name, _place_of(getattr(module, name))):
+                raise error
         return Parts(
             model=model,
             train_data=data["train_data"],
@@ -136,13 +155,15 @@ class LoadedJob:
     def _call(self, name: str, table: str, arguments: Mapping[str, Any]) -> Any:
         try:
             return getattr(self.module, name)(**arguments)
-        except Exception as error:
-            given = ", ".join(f"{key} = {value!r}" for key, value in arguments.items())
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # SystemExit among them
+            given = ", ".join(f"{key} = {shown(value)}" for key, value in arguments.items())
             origins = {o for key in arguments if (o := self.file.origin(f"{table}.{key}"))}
             source = f" ({', '.join(sorted(origins))})" if origins else ""
             raise JobError(
-                f"{self.job.module}: {name}() failed: {type(error).__name__}: {error}",
-                where=_own_place(error, self.path.parent),
+                f"{self.job.module}: {name}() failed: {told(error)}",
+                where=_own_place(error, self.source.parent),
                 fix=f"check what [{table}] of {self.path.name} gives it: {given}{source}"
                 if given
                 else None,
@@ -170,7 +191,7 @@ class LoadedJob:
         except JobError as error:
             failure = str(error)
         except Exception as error:
-            failure = f"{self.job.module} failed: {_last_place(error)}"
+            failure = f"{self.job.module} failed: {_with_place(error, self.source.parent)}"
         failures = all_gather(engine.control, failure, label="making of the job's model and data")
         for rank, text in enumerate(failures):
             if text:
@@ -227,68 +248,109 @@ def load(path: Path, overrides: Sequence[str] = ()) -> LoadedJob:
     optimizer = table.get("optimizer", {})
     if isinstance(optimizer, Mapping):
         check_optimizer(optimizer, "optimizer", mistakes)
-    module = _load_module(path.parent, table.get("module"), mistakes)
-    if module:
-        _check_module(module, table, mistakes)
+    source = _find_module(file, table.get("module"), mistakes)
+    module = _load_module(source, table, mistakes) if source else None
     if job:
         _check_together(job, mistakes)
-    if mistakes or job is None or module is None:
+    if mistakes or job is None or module is None or source is None:
         raise file.mistake(mistakes)
-    return LoadedJob(path.stem, path, job, module, file)
+    return LoadedJob(path.stem, path, job, module, source, file)
 
 
 def _check_sizes(train: object, mistakes: list[str]) -> None:
     """A batch that no rank could read."""
     batch = train.get("batch") if isinstance(train, Mapping) else None
     if isinstance(batch, int) and batch > MOST_SAMPLES:
-        mistakes.append(f"train.batch: got {batch}; allowed: at most {MOST_SAMPLES} samples a step")
+        mistakes.append(
+            f"train.batch: got {shown(batch)}; allowed: at most {MOST_SAMPLES} samples a step"
+        )
 
 
-def _load_module(folder: Path, name: object, mistakes: list[str]) -> ModuleType | None:
-    """Import the job module from its file; a line in `mistakes` when that fails."""
+def _find_module(file: job_file.JobFile, name: object, mistakes: list[str]) -> Path | None:
+    """The file of the job module; a line in `mistakes` when there is none."""
     if not isinstance(name, str):
         return None  # its absence or type is a mistake found elsewhere
+    folder = file.folder_of("module")
     path = folder / (name if name.endswith(".py") else f"{name}.py")
-    if not path.is_file():
+    try:
+        if path.is_file():
+            return path
         found = [p.name for p in folder.glob("*.py")]
-        mistakes.append(f"module: there is no {path}{nearest(path.name, found)}")
-        return None
+    except (OSError, ValueError):  # a name that is too long, or no name at all
+        found = []
+    shown_path = str(path) if str(path).isprintable() else repr(str(path))
+    mistakes.append(f"module: there is no {shortened(shown_path)}{nearest(path.name, found)}")
+    return None
+
+
+def _load_module(path: Path, table: Mapping[str, Any], mistakes: list[str]) -> ModuleType | None:
+    """Import and check the job module; a line in `mistakes` for all that is wrong with it."""
     spec = importlib.util.spec_from_file_location(f"hpctrain_job_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    sys.path.insert(0, str(folder.resolve()))  # for modules beside it, imported now or later
+    folder = str(path.parent.resolve())
+    if folder not in sys.path:
+        sys.path.insert(0, folder)  # for modules beside it, imported now or later
     try:
         spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        mistakes.append(f"module: importing {path} failed: {_last_place(error)}")
+        _check_module(module, path, table, mistakes)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit among them
+        mistakes.append(f"module: importing {path} failed: {_with_place(error, path.parent)}")
         return None
     return module
 
 
-def _check_module(module: ModuleType, table: Mapping[str, Any], mistakes: list[str]) -> None:
+def _check_module(
+    module: ModuleType, path: Path, table: Mapping[str, Any], mistakes: list[str]
+) -> None:
     """Functions that are missing, and arguments that they do not take."""
     public = [
         n
         for n, v in vars(module).items()
-        if n[0] != "_" and callable(v) and getattr(v, "__module__", None) == module.__name__
+        if isinstance(n, str)
+        and n[:1] != "_"
+        and callable(v)
+        and getattr(v, "__module__", None) == module.__name__
     ]
     for name in _REQUIRED:
         if not callable(getattr(module, name, None)):
             close = difflib.get_close_matches(name, set(public) - {*_REQUIRED, *_OPTIONAL}, n=1)
             hint = f" (is {close[0]}() meant?)" if close else ""
             mistakes.append(
-                f"module: {module.__file__} defines no {name}(){hint}; "
-                f"needed: {', '.join(_REQUIRED)}; found: {', '.join(public) or 'none'}"
+                f"module: {path} defines no {name}(){hint}; "
+                f"needed: {', '.join(_REQUIRED)}; found: {_names(public) or 'none'}"
             )
     for name in _OPTIONAL:
         if hasattr(module, name) and not callable(getattr(module, name)):
-            mistakes.append(f"module: {name} in {module.__file__} is not a function")
+            mistakes.append(f"module: {name} in {path} is not a function")
+    for name, given in _GIVEN.items():
+        target = getattr(module, name, None)
+        if callable(target) and not _takes(target, len(given)):
+            must = f"must take {len(given)} argument{'s'[: len(given) - 1]}"
+            mistakes.append(f"module: {name}() {must}, {' and '.join(given)} ({_place_of(target)})")
     for key, functions in (("model", ("model",)), ("data", ("train_data", "validation_data"))):
         arguments = table.get(key, {})
         targets = [getattr(module, name, None) for name in functions]
         if isinstance(arguments, Mapping):
             _check_arguments(key, [t for t in targets if callable(t)], arguments, mistakes)
+
+
+def _names(found: Sequence[str]) -> str:
+    return ", ".join(found[:20]) + (f" and {len(found) - 20} more" if found[20:] else "")
+
+
+def _takes(target: Callable[..., Any], count: int) -> bool:
+    """Whether a function can be called with so many arguments, as far as it tells."""
+    try:
+        inspect.signature(target).bind(*range(count))
+    except TypeError:
+        return False
+    except ValueError:
+        pass
+    return True
 
 
 def _check_arguments(
@@ -304,7 +366,7 @@ def _check_arguments(
     valid = {name for parameters in taken for name in parameters or ()}
     for name in arguments:
         if name not in valid:
-            mistakes.append(f"{where}.{name}: unknown key{nearest(name, valid)}")
+            mistakes.append(f"{where}.{key_text(name)}: unknown key{nearest(name, valid)}")
     for target, parameters in zip(targets, taken, strict=True):
         for name, parameter in (parameters or {}).items():
             if parameter.default is parameter.empty and name not in arguments:
@@ -316,7 +378,7 @@ def _parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter] | No
     """Named parameters of a function; None when it takes any, or does not tell."""
     try:
         parameters = inspect.signature(target).parameters
-    except ValueError:
+    except (TypeError, ValueError):
         return None
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return None
@@ -347,13 +409,15 @@ def _accepted(target: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[
     return {name: value for name, value in arguments.items() if name in parameters}
 
 
-def _last_place(error: BaseException) -> str:
-    """`TypeError: ... at jobs/x.py:12 in model`."""
-    frames = traceback.extract_tb(error.__traceback__)
+def _with_place(error: BaseException, folder: Path) -> str:
+    """`TypeError: ... at jobs/x.py:12 in model`: where the user's own code is, if it is there."""
     if isinstance(error, SyntaxError):
         return f"SyntaxError: {error.msg} at {error.filename}:{error.lineno}"
-    place = f" at {frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}" if frames else ""
-    return f"{type(error).__name__}: {error}{place}"
+    place = _own_place(error, folder)
+    frames = traceback.extract_tb(error.__traceback__)
+    if place is None and frames:
+        place = f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}"
+    return told(error) + (f" at {place}" if place else "")
 
 
 def _own_place(error: BaseException, folder: Path) -> str | None:
@@ -365,3 +429,9 @@ def _own_place(error: BaseException, folder: Path) -> str | None:
         if path.is_relative_to(own) and not is_library:
             return f"{frame.filename}:{frame.lineno} in {frame.name}"
     return None
+
+
+def _place_of(function: Callable[..., Any]) -> str | None:
+    """`jobs/x.py:12 in model`: where a function is defined, as far as it tells."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return f"{code.co_filename}:{code.co_firstlineno} in {code.co_name}" if code else None

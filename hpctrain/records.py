@@ -12,6 +12,12 @@ from hpctrain.errors import JobError
 
 RATES = ("samples_per_s", "step_s", "exposed_s")
 
+LARGEST = 1e100
+"""Of figures that are taken for such: sums of them can still be made."""
+
+DEEPEST = 64
+"""Of tables and lists inside each other in run.json."""
+
 Span = dict[str, Any]
 Damaged = dict[str, int]
 """Number of lines that were passed over, by file."""
@@ -32,10 +38,10 @@ def read_metrics(path: Path, damaged: Damaged) -> list[dict[str, Any]]:
             everywhere=True,
         )
     entries = []
-    for line in path.read_text(errors="replace").splitlines(keepends=True):
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         try:
             entry = json.loads(line, object_hook=_with_nan)
-        except ValueError:
+        except (ValueError, RecursionError):
             entry = None
         if _is_metric(entry):
             entries.append(entry)
@@ -52,11 +58,18 @@ def _with_nan(table: dict[str, Any]) -> dict[str, Any]:
 def _is_metric(entry: Any) -> bool:
     if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
         return False
+    if not trace.is_finite(entry["step"]):
+        return False
     figures = [entry.get(key, 0.0) for key in ("loss", *RATES)]
     checked = entry.get("validation", {})
     if isinstance(checked, dict):
         figures += checked.values()
-    return isinstance(checked, dict) and all(isinstance(f, (int, float)) for f in figures)
+    return isinstance(checked, dict) and all(map(_is_figure, figures))
+
+
+def _is_figure(value: Any) -> bool:
+    """A number that can be drawn, or NaN, which is left out of a drawing."""
+    return isinstance(value, (int, float)) and (value != value or abs(value) < LARGEST)
 
 
 def warning_of(damaged: Damaged) -> str:
@@ -68,10 +81,21 @@ def warning_of(damaged: Damaged) -> str:
 def read_facts(run: Path) -> dict[str, Any]:
     """What run.json says; empty when it is missing or damaged."""
     try:
-        facts = json.loads((run / "run.json").read_text())
-    except (OSError, ValueError):
+        if not (run / "run.json").is_file():  # a pipe would be waited for
+            return {}
+        facts = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return {}
-    return facts if isinstance(facts, dict) else {}
+    return facts if isinstance(facts, dict) and not _is_deep(facts) else {}
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether values lie deeper inside each other than those of any job do."""
+    layer = [value]
+    for _ in range(DEEPEST):
+        inside = [v.values() if isinstance(v, dict) else v for v in layer]
+        layer = [v for values in inside for v in values if isinstance(v, (dict, list))]
+    return bool(layer)
 
 
 def read_spans(run: Path, damaged: Damaged | None = None) -> list[Span]:
@@ -79,6 +103,8 @@ def read_spans(run: Path, damaged: Damaged | None = None) -> list[Span]:
     ranks = read_facts(run).get("ranks")  # an earlier session may have had more
     spans: list[Span] = []
     for path in sorted((run / "trace").glob("rank-*.jsonl")):
+        if not path.is_file():
+            continue
         lines: list[str] = []
         last = _last_session(trace.read(path, lines))
         spans += [s for s in last if not isinstance(ranks, int) or s["rank"] < ranks]

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpctrain import report_coded, straggling, trace
 from hpctrain.errors import HpctrainError, UnfitError
+from hpctrain.files import replace_text
 from hpctrain.records import (
     RATES,
     Damaged,
@@ -63,11 +64,14 @@ def write(run: Path, required: bool = False) -> str:
         UnfitError: matplotlib is missing and `required`.
     """
     damaged: Damaged = {}
-    metrics = read_metrics(run / "metrics.jsonl", damaged)
-    spans = read_spans(run, damaged)
+    try:
+        metrics = read_metrics(run / "metrics.jsonl", damaged)
+        spans = read_spans(run, damaged)
+    except OSError as error:
+        raise HpctrainError(f"the run cannot be read: {error}", everywhere=True) from error
     warning = warning_of(damaged)
     try:
-        (run / "timeline.json").write_text(json.dumps(chrome_trace(spans)))
+        replace_text(run / "timeline.json", json.dumps(chrome_trace(spans)))
         return warning + _draw(run, metrics, spans, warning, required)
     except OSError as error:
         raise HpctrainError(
@@ -91,7 +95,7 @@ def _draw(
             ) from error
         return f"{run}: no report.html, which needs pip install 'hpctrain[report]'"
     matplotlib.use("Agg")
-    (run / "report.html").write_text(_page(run, metrics, spans, warning))
+    replace_text(run / "report.html", _page(run, metrics, spans, warning))
     return f"report: {run / 'report.html'}"
 
 
@@ -227,7 +231,7 @@ def smooth(values: Sequence[float], part: float = 0.02) -> list[float]:
 
 def draw_throughput(axes: Axes, metrics: Sequence[Mapping[str, Any]]) -> None:
     """Samples a second by step, and the share of the step that waited for the wire."""
-    rows = [m for m in metrics if all(key in m for key in RATES) and m["step_s"] > 0]
+    rows = [m for m in metrics if all(key in m for key in RATES) and m["step_s"] > 1e-9]
     steps = [m["step"] for m in rows]
     axes.plot(steps, smooth([m["samples_per_s"] for m in rows]), color="#228833")
     axes.set(xlabel="step", ylabel="samples/s")

@@ -13,8 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hpctrain.files import open_in_place
+
 now_s = time.perf_counter
 
+LARGEST = 1e12
+"""Of numbers in a trace that are taken for such: in seconds, some 30,000 years."""
 COMPUTE = "compute"
 """Track of what the main thread does: data, forward, backward, optimizer."""
 WIRE = "wire"
@@ -44,7 +48,7 @@ class Trace:
         self.take()  # what an earlier run of this process did not flush
         self._path, self._rank = path, rank
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as file:
+        with open_in_place(path, "a") as file:
             if file.tell():
                 file.write("\n")
             file.write(json.dumps({"rank": rank, "offset_s": self.offset_s}) + "\n")
@@ -80,7 +84,7 @@ class Trace:
             json.dumps({"track": track, "name": name, "start_s": start_s, "end_s": end_s, **facts})
             for track, name, start_s, end_s, facts in self.take()
         ]
-        with self._path.open("a") as file:
+        with open_in_place(self._path, "a") as file:
             file.write("\n".join(lines) + "\n")
 
     def close(self) -> None:
@@ -109,7 +113,7 @@ def read(path: Path, damaged: list[str] | None = None) -> Iterator[dict[str, Any
         for line in file:
             try:
                 entry = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 entry = None
             if _is_header(entry):
                 header = entry
@@ -129,6 +133,7 @@ def _is_header(entry: Any) -> bool:
     return (
         isinstance(entry, dict)
         and isinstance(entry.get("rank"), int)
+        and is_finite(entry["rank"])
         and is_finite(entry.get("offset_s"))
     )
 
@@ -141,9 +146,10 @@ def _is_span(entry: Any) -> bool:
         and is_finite(entry.get("start_s"))
         and is_finite(entry.get("end_s"))
         and isinstance(entry.get("step", 0), int)
+        and is_finite(entry.get("step", 0))
     )
 
 
 def is_finite(value: Any) -> bool:
-    """Whether a value read from JSON is a number that can be drawn."""
-    return isinstance(value, (int, float)) and abs(value) < float("inf")
+    """Whether a value read from JSON is a number that can be drawn and, in seconds, told."""
+    return isinstance(value, (int, float)) and abs(value) < LARGEST

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hpctrain.errors import ExitCode, HpctrainError, UnfitError
+from hpctrain.errors import ExitCode, HpctrainError, UnfitError, shortened
 from hpctrain.trace import Trace
 
 if TYPE_CHECKING:
@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 RANK_0_SPEAKS_S = 3.0
 """How long other ranks leave it to rank 0 to tell an error that all should have met."""
 
+
+MOST_TRACED = 100_000
+"""Characters of a traceback: messages of exceptions may be of any length."""
 
 FORWARD_S = 0.2
 """Time for the launcher to read what was said last: MPICH's drops the rest when it ends."""
@@ -183,6 +186,8 @@ def _join(device: torch.device) -> World:
     library = library_name(MPI.Get_library_version())
     refuse_foreign_launcher(os.environ, "Open MPI" in library, library)
     if not MPI.Is_initialized():
+        # Open MPI 5.0.11 cannot begin without one; it need not exist.
+        os.environ.setdefault("HOME", os.path.expanduser("~"))
         with warnings.catch_warnings():  # of a foreign launcher, which is refused below
             warnings.simplefilter("ignore", RuntimeWarning)
             MPI.Init_thread(MPI.THREAD_MULTIPLE)
@@ -280,7 +285,7 @@ def load_mpi() -> Any:
 def launched_rank(environment: Mapping[str, str]) -> int:
     """This process's rank as the launcher tells it, before MPI is initialised; 0 without one."""
     for name in ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID"):
-        if environment.get(name, "").isdigit():
+        if environment.get(name, "").isdecimal():
             return int(environment[name])
     return 0
 
@@ -296,7 +301,7 @@ def launched_size(environment: Mapping[str, str]) -> tuple[str, int]:
         ("PMI_SIZE", "a PMI launcher (MPICH's or Intel's mpiexec, srun --mpi=pmi2)"),
         ("SLURM_STEP_NUM_TASKS", "srun"),
     ):
-        if environment.get(variable, "").isdigit():
+        if environment.get(variable, "").isdecimal():
             return launcher, int(environment[variable])
     return "none", 1
 
@@ -327,7 +332,7 @@ def refuse_lone_ranks(environment: Mapping[str, str], size: int, library: str) -
     """
     launcher, launched = launched_size(environment)
     torchrun = environment.get("WORLD_SIZE", "")
-    if "TORCHELASTIC_RUN_ID" in environment and torchrun.isdigit() and launcher == "none":
+    if "TORCHELASTIC_RUN_ID" in environment and torchrun.isdecimal() and launcher == "none":
         launcher, launched = "torchrun", int(torchrun)
     if launched != size:
         raise UnfitError(
@@ -360,7 +365,7 @@ def describe_failure(world: World, error: BaseException, trace: TracebackType | 
     """What an uncaught exception of this rank looks like on the console."""
     place = f"hpctrain: {world.name_of(world.rank)} of {world.size} failed at {world.position}"
     lines = traceback.format_exception(type(error), error, trace)
-    return place + "\n" + "".join(lines)
+    return place + "\n" + shortened("".join(lines), MOST_TRACED)
 
 
 def _install_unfit_hook() -> None:
@@ -415,4 +420,4 @@ def fail(world: World, error: BaseException, trace: TracebackType | None = None)
 def _write(text: str) -> None:
     """To standard error, in one piece, even if Python's own stream is closed."""
     with contextlib.suppress(OSError):
-        os.write(2, text.encode())
+        os.write(2, text.encode(errors="backslashreplace"))

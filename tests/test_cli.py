@@ -261,3 +261,49 @@ def test_report_of_no_run_is_refused(launch: Launch) -> None:
     assert ended.status == 2
     assert "there is no such folder" in ended.err
     assert "Traceback" not in ended.err
+
+
+@pytest.mark.any_mpi
+def test_data_that_ends_early_on_one_rank_ends_all_with_one_message(launch: Launch) -> None:
+    job = launch.job(
+        "import hpctrain, torch\n"
+        "def model(): return torch.nn.Linear(1, 1)\n"
+        "def train_data(): return iter([torch.ones(1)] * (11 if hpctrain.join().rank else 99))\n"
+        "def loss(model, batch): return model(batch).mean()\n",
+        "train = { steps = 20, batch = 4 }",
+    )
+    ended = launch(2, *HPCTRAIN, "run", job, limit_s=60)
+    assert ended.status == 2, ended.err
+    assert re.search(
+        r"hpctrain: rank 1 \(.*\) at step 3, data: the training data ended after 11 samples\n"
+        r"  where: train_data\(\) of the job module\n  fix: ",
+        ended.err,
+    )
+    assert ended.err.count("ended after") == 1 and "Traceback" not in ended.err
+    alone = launch(0, *HPCTRAIN, "run", job, "--set", "train.steps=40", "--run-dir", "alone")
+    assert alone.status == 2
+    assert alone.err.endswith("set fewer train.steps\n") and "Traceback" not in alone.err
+
+
+@pytest.mark.any_mpi
+def test_job_that_differs_between_ranks_is_refused(launch: Launch) -> None:
+    """As from a file system that nodes do not share."""
+    program = launch.script(
+        "import os, sys\n"
+        "from hpctrain import cli\n"
+        "from hpctrain.world import launched_rank\n"
+        "os.chdir(str(launched_rank(os.environ)))\n"
+        "sys.exit(cli.main(['run', 'odd.toml']))\n"
+    )
+    job = launch.job(SMALL, "train = { steps = 2, batch = 4 }")
+    for rank in range(2):
+        folder = launch.folder / str(rank)
+        folder.mkdir()
+        (folder / "odd.py").write_text(SMALL)
+        (folder / job).write_text((launch.folder / job).read_text().replace("2", str(2 + rank), 1))
+    ended = launch(2, program, limit_s=60)
+    assert ended.status == 2, ended.err
+    assert ended.err.count(
+        "the job is not the same on all ranks\n  where: other than on rank 0: [1]"
+    )
+    assert "Traceback" not in ended.err and not (launch.folder / "0" / "runs").exists()

@@ -60,3 +60,42 @@ def test_an_error_survives_the_way_to_another_rank() -> None:
     assert type(copy) is UnfitError
     assert str(copy) == str(error)
     assert vars(copy) == vars(error)
+
+
+class Odd:
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __repr__(self) -> str:
+        if not self.text:
+            raise OSError("gone")
+        return self.text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("a\n\x1b[2J", r"'a\n\x1b[2J'"),
+        (Odd("Net(\n  \x1b[2J)"), "Net( [2J)"),
+        (Odd(""), "a Odd that cannot be shown (OSError)"),
+        ([1 << 20_000], "a list that cannot be shown (ValueError)"),
+        (-(1 << 20_000), "an integer of 20001 bits"),
+    ],
+    ids=["control", "lines", "fails", "inside", "bits"],
+)
+def test_any_value_can_be_shown_in_one_line(value: object, text: str) -> None:
+    assert errors.shown(value) == text
+    assert str(HpctrainError("it is wrong", value=value)) == f"it is wrong: got {text}"
+
+
+def test_long_values_are_cut_in_the_middle() -> None:
+    text = errors.shown("a" * 10_000 + "end")
+    assert text.startswith("'aaa") and text.endswith("end' (10005 characters)")
+    assert len(text) < 250
+    assert errors.told(ValueError("b" * 10_000)).startswith("ValueError: bbb")
+    assert errors.told(SystemExit()) == "SystemExit"
+
+
+def test_message_holds_nothing_that_a_terminal_obeys() -> None:
+    error = HpctrainError("no x\x1b[2J", where="a\rb\udcff", fix="mend it")
+    assert str(error) == "no x\\x1b[2J\n  where: a\\rb\\udcff\n  fix: mend it"

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -128,15 +129,27 @@ VALUES = [
     ("model.widht=5", "model.widht: unknown key; did you mean 'width'?"),
     ("data.size=5", "data.size: unknown key; valid here: count"),
     ("module=wrok.py", "; did you mean 'work.py'?"),
+    ("train.steps=1e400", "train.steps: expected an integer, got inf"),
+    ("train.clip_norm=-0.0", "train.clip_norm: got -0.0; allowed: more than 0"),
+    (f"train.steps=1{'0' * 30}", f"allowed: at least 1 and at most {2**63 - 1}"),
+    ("train.steps=0x1" + "0" * 2000, "train.steps: got an integer of 8001 bits; allowed: "),
+    (f"submit.nodes=1{'0' * 30}", f"allowed: at least 1 and at most {2**63 - 1}"),
+    (f"exchange.in_flight_bytes=1{'0' * 12}", "allowed: at least 1 and at most 4294967296"),
+    ("exchange.deadline_s=1e300", "allowed: more than 0 and at most 1000000000"),
+    ("model.width=0x1" + "0" * 2000, "model.width: expected an integer of 64 bits, got an "),
+    ("model.width=[[0x1" + "0" * 2000 + "]]", "model.width: expected an integer of 64 bits"),
+    (f"exchange.wire={'x' * 100_000}", "xxx ... xxx"),
+    (f'"a\x1b".steps={"x" * 100_000}', "unknown key"),
 ]
 
 
-@pytest.mark.parametrize(("override", "expected"), VALUES, ids=[value for value, _ in VALUES])
+@pytest.mark.parametrize(("override", "expected"), VALUES, ids=[v[:40] for v, _ in VALUES])
 def test_mistake_is_told_with_its_place(write: Write, override: str, expected: str) -> None:
     text = mistakes(write(), override)
     first, line = text.splitlines()
     assert first == "the command line has a mistake:"
-    assert expected in line and line.endswith(f" (--set {override})")
+    assert expected in line and len(line) < 1000
+    assert line.endswith(f" (--set {override})" if len(override) < 200 else " characters))")
 
 
 def test_largest_seed_trains(write: Write) -> None:
@@ -238,6 +251,20 @@ def test_all_mistakes_are_told_at_once(write: Write) -> None:
         (MODULE.replace("def loss", "def los"), "defines no loss() (is los() meant?); needed: "),
         ("from torch.nn import Linear", "found: none"),
         (MODULE + "\nloss = 3", "work.py defines no loss()"),
+        ("class Odd(BaseException): pass\nraise Odd('no')", "failed: Odd: no at "),
+        ("raise SystemExit", "failed: SystemExit at "),
+        ("import os\nos.listdir('/nowhere')", "work.py:2 in <module>"),
+        ("import json\njson.loads('x')", "work.py:2 in <module>"),
+        ("x = '\0'", "failed: "),
+        ("raise ValueError('x' * 10**7)", "xxx ... xxx"),
+        ("globals()[''] = 3\nglobals()[3] = 4", "defines no model()"),
+        ("def __getattr__(name): raise OSError(name)", "failed: OSError: model at "),
+        (
+            MODULE.replace("loss(model, batch)", "loss(batch)"),
+            "loss() must take 2 arguments, model",
+        ),
+        (MODULE + "\ndef collate(a, b): pass", "collate() must take 1 argument, samples ("),
+        (MODULE + "\ndef sample(): pass", "work.py:13 in sample)"),
         (MODULE + "\nmetrics = 3", "module: metrics in "),
         (MODULE.replace("count=8", "count, path='x'"), "data.count: missing; train_data() needs"),
         (
@@ -265,8 +292,8 @@ def test_functions_may_take_any_arguments(write: Write) -> None:
 
 
 def test_builtin_may_make_the_data(write: Write) -> None:
-    path = write(module=MODULE + "\ntrain_data = dict")
-    assert job.load(path, ["data.x=1"]).parts().train_data == {"x": 1}
+    path = write(module=MODULE + "\ntrain_data = bytes")
+    assert job.load(path, ["data.source=[1, 2]"]).parts().train_data == b"\1\2"
 
 
 def test_empty_module_name_is_told(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,6 +333,52 @@ def test_module_in_place_of_the_job_file_is_told(write: Write) -> None:
     text = mistakes(write().with_name("work.py"))
     assert "the job file is not TOML" in text
     assert "fix: give the .toml whose `module` is work.py" in text
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\\u0000b", "/dev/zero", "../work/..", "\\u001b[2J"])
+def test_odd_names_of_modules_are_told(write: Write, name: str) -> None:
+    text = mistakes(write(JOB.replace("work.py", name)))
+    assert "module: there is no " in text
+    assert text.replace("\n", "").isprintable() and len(text) < 1000
+
+
+def test_module_that_waits_for_a_writer_is_not_read(write: Write) -> None:
+    path = write(JOB.replace("work", "pipe"))
+    os.mkfifo(path.with_name("pipe.py"))
+    assert "module: there is no " in mistakes(path)
+
+
+# ---------------------------------------------------------------------- extends
+
+
+def test_extended_job_is_that_of_one_file(write: Write) -> None:
+    path = write()
+    (path.parent / "more").mkdir()
+    other = path.parent / "more" / "other.toml"
+    other.write_text('extends = "../mine.toml"\ntrain.steps = 20\n')
+    loaded = job.load(other)
+    assert (loaded.name, loaded.job.train.steps, loaded.job.train.batch) == ("other", 20, 4)
+    assert loaded.source.resolve() == path.with_name("work.py")
+    assert loaded.fingerprint == job.load(path, ["train.steps=20"]).fingerprint
+
+
+def test_mistakes_are_told_with_the_file_where_they_stand(write: Write) -> None:
+    base = write(JOB.replace("batch = 4", "batch = 0") + "sede = 1\n")
+    path = base.with_name("other.toml")
+    path.write_text('extends = "mine.toml"\ntrain.steps = 0\ncheckpoint.evry = 1\n')
+    first, *lines = mistakes(path, "seed=-1").splitlines()
+    assert first == f"{path} and the command line have 5 mistakes:"
+    assert {line.split(":")[0].strip(): line.rpartition(" (")[2] for line in lines} == {
+        "train.steps": "line 2)",
+        "train.batch": f"line 3 of {base})",
+        "checkpoint.evry": "line 3)",
+        "sede": f"line 5 of {base})",
+        "seed": "--set seed=-1)",
+    }
+
+
+def test_what_is_extended_must_be_a_name(write: Write) -> None:
+    assert "extends: expected a string, got 5 (line 1)" in mistakes(write("extends = 5" + JOB))
 
 
 # ---------------------------------------------------------------------- overrides
@@ -441,6 +514,71 @@ def test_model_must_be_a_torch_module(world: World, write: Write) -> None:
     module = MODULE + "\ndef model(width):\n    return [width]\n"
     text = trainer_mistakes(world, job.load(write(module=module)))
     assert "model() returned no torch module: got 'list'" in text
+
+
+@pytest.mark.parametrize(
+    ("returned", "expected"),
+    [
+        ("None", "no torch module: got 'NoneType'"),
+        ("'a string'", "no torch module: got 'str'"),
+        ("nn.Linear", "the class Linear, and not an instance of it"),
+        ("nn.Tanh()", "a model without parameters"),
+        ("nn.Linear(1, 1).requires_grad_(False)", "a model whose parameters are all frozen"),
+        ("nn.Linear(1, 1, device='meta')", "a model on the device 'meta'"),
+        ("nn.LazyLinear(1)", "a model with parameters of unknown shape"),
+    ],
+)
+def test_what_cannot_be_trained_is_told_with_its_place(
+    world: World, write: Write, returned: str, expected: str
+) -> None:
+    module = MODULE + f"\ndef model(width):\n    return {returned}\n"
+    text = trainer_mistakes(world, job.load(write(module=module)))
+    assert f"work.py: model() returned {expected}" in text
+    assert re.search(r"where: \S+work\.py:13 in model\n  fix: ", text)
+
+
+@pytest.mark.parametrize("name", ["train_data", "validation_data"])
+@pytest.mark.parametrize(
+    ("returned", "expected"),
+    [
+        ("5", "got 'int'"),
+        ("'a/path'", "is a string"),
+        ("list", "is a class, and not an instance of it"),
+        ("{'x': 1}", "is a dict whose keys are not the numbers of its samples"),
+        ("No()", "has no length: ValueError: unknown"),
+        ("[]", "is empty"),
+        ("iter([1])", "has no indices: got 'list_iterator'"),
+    ],
+)
+def test_what_is_no_data_is_told_with_its_place(
+    world: World, write: Write, name: str, returned: str, expected: str
+) -> None:
+    none = "class No(list):\n    def __len__(self): raise ValueError('unknown')\n"
+    loaded = job.load(write(module=f"{MODULE}\ndef {name}():\n    return {returned}\n{none}"))
+    if (returned == "[]" and name == "validation_data") or (
+        returned[:4] == "iter" and name[0] == "t"
+    ):
+        assert loaded.parts()
+        return
+    text = trainer_mistakes(world, loaded)
+    kind = "training" if name == "train_data" else "validation"
+    assert f"the {kind} data " in text and expected in text
+    assert re.search(rf"where: \S+work\.py:13 in {name}\n  fix: ", text)
+
+
+def test_validation_data_may_be_none(write: Write) -> None:
+    loaded = job.load(write(module=MODULE + "\ndef validation_data():\n    return None\n"))
+    assert loaded.parts().validation_data is None
+
+
+@pytest.mark.parametrize("name", ["model", "train_data"])
+def test_exit_is_no_end_of_a_job(world: World, write: Write, name: str) -> None:
+    """It would leave the other ranks alone, with the status of a job that is done."""
+    arguments = "width" if name == "model" else ""
+    module = f"{MODULE}\ndef {name}({arguments}):\n    raise SystemExit\n"
+    text = trainer_mistakes(world, job.load(write(module=module)))
+    assert f"work.py: {name}() failed: SystemExit\n  where: " in text
+    assert f"work.py:14 in {name}" in text
 
 
 def test_next_forward_excludes_what_decides_from_all_gradients(write: Write) -> None:

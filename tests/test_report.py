@@ -5,6 +5,7 @@ import html
 import io
 import itertools
 import json
+import os
 import re
 import shutil
 import sys
@@ -299,12 +300,20 @@ DAMAGED = {
         *(b"3", b"\xff\xfe\x00", b'{"loss": 1.0}', b'{"step": 2, "loss": "two"}', b"null", b"[]"),
         *(b'{"step": "2"}', b'{"step": 2, "validation": 3}', b'{"step": 2, "step_s": "1"}'),
         b'{"step": 2, "validation": {"loss": "two"}}',
+        b"[" * 100_000,
+        *(b'{"step": 1%s}' % (b"0" * 400), b'{"step": 2, "loss": 1%s}' % (b"0" * 400)),
+        *(b'{"step": 2, "loss": 1e308}', b'{"step": 2, "loss": Infinity}', b'{"step": 1e3}'),
     ],
     "trace/rank-00001.jsonl": [
         *(b"3", b"\xff\xfe", b"{}", b'{"track": "wire", "name": "block 0"}', b'{"offset_s": "x"}'),
         b'{"track": "compute", "name": "optimizer", "start_s": 1, "end_s": 2, "step": [1]}',
         b'{"track": "compute", "name": 5, "start_s": 1, "end_s": 2}',
         b'{"track": "compute", "name": "x", "start_s": NaN, "end_s": 2}',
+        b"[" * 100_000,
+        b'{"track": "compute", "name": "x", "start_s": 1, "end_s": 1%s}' % (b"0" * 400),
+        b'{"track": "compute", "name": "x", "start_s": 1, "end_s": 1e308}',
+        b'{"track": "compute", "name": "x", "start_s": 1, "end_s": 2, "step": 1%s}' % (b"0" * 40),
+        b'{"rank": 1%s, "offset_s": 0}' % (b"0" * 40),
     ],
 }
 
@@ -337,6 +346,43 @@ def test_trace_without_a_header_is_passed_over(run: Path) -> None:
 def test_steps_without_all_rates_are_drawn_without_them(run: Path) -> None:
     write_lines(run / "metrics.jsonl", [{"step": 1, "loss": 2.0}, metrics(2) | {"step_s": 0}])
     assert len(images(page_of(run))) == 2
+
+
+FACTS = {
+    "deep": b'{"job": ' + b'{"a": ' * 900 + b"1" + b"}" * 901,
+    "deeper": b"[" * 100_000,
+    "types": b'{"ranks": "two", "seconds": 1e300, "job": [1], "nodes": {"a": 1}, "name": [2]}',
+    "numbers": b'{"ranks": 1%s, "seconds": 1%s, "parameters": -0.0}' % (b"0" * 400, b"0" * 400),
+    "surrogates": b'{"name": "\\ud800", "job": {"x": "\\ud800<script>"}}',
+    "bytes": bytes(range(256)),
+}
+
+
+@pytest.mark.parametrize("content", FACTS.values(), ids=FACTS)
+def test_report_bears_any_run_json(run: Path, content: bytes) -> None:
+    (run / "run.json").write_bytes(content)
+    assert len(images(page_of(run))) == 2
+
+
+def test_pipes_in_the_run_folder_are_not_waited_for(run: Path) -> None:
+    for name in ("run.json", "trace/rank-00000.jsonl"):
+        (run / name).unlink()
+        os.mkfifo(run / name)
+    assert len(images(page_of(run))) == 2
+    (run / "metrics.jsonl").unlink()
+    os.mkfifo(run / "metrics.jsonl")
+    with pytest.raises(JobError, match="there is no run here"):
+        report.write(run)
+
+
+def test_links_in_the_run_folder_are_not_written_through(run: Path, tmp_path: Path) -> None:
+    """Reports of other people's runs are drawn, too."""
+    precious = tmp_path / "precious"
+    precious.write_text("kept")
+    for name in ("report.html", "timeline.json", ".report.html.partial"):
+        (run / name).symlink_to(precious)
+    report.write(run, required=True)
+    assert precious.read_text() == "kept"
 
 
 def test_folder_that_cannot_be_written_is_told(run: Path) -> None:

@@ -14,13 +14,16 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from hpctrain.comm.collect import all_gather
 from hpctrain.comm.engine import Engine
+from hpctrain.files import read_private, refuse_shared
 
 CALLS = ("send", "allreduce")
 """Messages between two ranks, and a collective."""
@@ -29,8 +32,9 @@ LAUNCHERS = ("OMPI_COMM_WORLD_", "OMPI_APP_", "PMIX_", "PMI_", "PRTE_", "SLURM_"
 TAKEN = "taken"
 
 CHILD = """
-import sys, torch
-import mpi4py
+import sys
+sys.path = [folder for folder in sys.path if folder]  # not what lies in the working directory
+import torch, mpi4py
 from mpi4py import MPI
 comm = MPI.COMM_WORLD
 rank, size = comm.Get_rank(), comm.Get_size()
@@ -136,35 +140,51 @@ def ended(command: Sequence[str], limit_s: float = LIMIT_S) -> str:
     return f"not taken: the probe ended with {reason}"
 
 
-def cache_file() -> Path:
-    """Where findings are kept."""
-    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(home) / "hpctrain" / "device-calls.json"
-
-
-def _read(path: Path) -> dict[str, dict[str, str]]:
+def cache_file() -> Path | None:
+    """Where findings are kept; None for a user without a home."""
+    home = os.environ.get("XDG_CACHE_HOME", "")
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
+        folder = Path(home) if os.path.isabs(home) else Path.home() / ".cache"
+    except RuntimeError:
+        return None
+    return folder / "hpctrain" / "device-calls.json"
+
+
+def _read(path: Path | None) -> dict[str, dict[str, str]]:
+    """What was found earlier, by this user: what others may have written is not believed."""
+    if path is None:
+        return {}
+    try:
+        found = json.loads(read_private(path))
+    except (OSError, ValueError, RecursionError):
         return {}
     if not isinstance(found, dict):
         return {}
     return {
         key: calls
         for key, calls in found.items()
-        if isinstance(calls, dict) and set(calls) == set(CALLS)
+        if isinstance(calls, dict)
+        and set(calls) == set(CALLS)
+        and all(isinstance(how, str) for how in calls.values())
     }
 
 
-def _write(path: Path, found: Mapping[str, Mapping[str, str]]) -> None:
+def _write(path: Path | None, found: Mapping[str, Mapping[str, str]]) -> None:
     """Ranks of one node may write at the same time: each writes to the side and renames."""
-    side = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        side.write_text(json.dumps(found, indent=1) + "\n")
-        os.replace(side, path)
-    except OSError:
-        side.unlink(missing_ok=True)  # it will be tried out again next time
+    if path is None:
+        return
+    with suppress(OSError):  # it will be tried out again next time
+        path.parent.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        refuse_shared(path.parent)
+        descriptor, side = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with open(descriptor, "w", encoding="utf-8") as file:
+                file.write(json.dumps(found, indent=1) + "\n")
+            os.replace(side, path)
+        except OSError:
+            os.unlink(side)
+            raise
 
 
 def _library_files() -> list[str]:

@@ -26,6 +26,7 @@ import torch
 from mpi4py import MPI
 
 from hpctrain.errors import ExitCode
+from hpctrain.streams import tell
 from hpctrain.trace import now_s
 from hpctrain.world import World
 
@@ -191,11 +192,11 @@ class Watch:
         if inquiry.final or any(inquiry.answers[rank].left for rank in missing):
             self._end_run(report)
         _log.warning(report, extra={"shown": True})
-        os.write(2, f"hpctrain: {report}\n".encode())
+        tell(f"hpctrain: {report}\n")
 
     def _end_run(self, report: str) -> None:
         _log.error(report, extra={"shown": True})
-        os.write(2, f"hpctrain: {report}\n  ending the run\n".encode())
+        tell(f"hpctrain: {report}\n  ending the run\n")
         self._world.abort(ExitCode.CRASH)
 
     def _receive(self) -> MPI.Request:

@@ -90,7 +90,7 @@ def _count(facts: DataFacts) -> str:
 def _read(data: MapStyle, index: int, repeats: int) -> SampleFacts | None:
     try:
         found = [_sample_facts(data[index]) for _ in range(repeats)]
-    except Exception:
+    except (Exception, SystemExit):
         return None  # training tells it better, should it read this sample
     return found[0] if all(found[0].agrees_with(again) for again in found) else None
 

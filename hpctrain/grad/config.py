@@ -8,7 +8,7 @@ from hpctrain.comm import reduce
 from hpctrain.comm.channel import IN_FLIGHT_BYTES
 from hpctrain.comm.engine import PROGRESS_MODES
 from hpctrain.comm.reducer import CHUNK_BYTES
-from hpctrain.config import check, option
+from hpctrain.config import LONGEST_S, check, option
 from hpctrain.errors import ExchangeError
 from hpctrain.grad.replicas import BUFFER_MODES
 
@@ -41,11 +41,11 @@ class ExchangeConfig:
     """What happens to the model's buffers after each step; see grad.replicas.BufferSync."""
     progress: str = option("auto", choices=("auto", *PROGRESS_MODES))
     """Who moves blocks while backward runs; auto tries it out on the first steps (grad.trial)."""
-    in_flight_bytes: int = option(IN_FLIGHT_BYTES, minimum=1)
+    in_flight_bytes: int = option(IN_FLIGHT_BYTES, minimum=1, maximum=1 << 32)
     """Memory for messages that are on the wire at a time; with `next_forward` at most 1 MB."""
     chunk_bytes: int = option(CHUNK_BYTES, minimum=64)
     """Size of operations by messages: larger blocks are cut evenly, so that sums overlap."""
-    deadline_s: float = option(300.0, above=0)
+    deadline_s: float = option(300.0, above=0, maximum=LONGEST_S)
     """An operation that is not finished by then ends the run, naming the ranks it waits for."""
 
     def __post_init__(self) -> None:

@@ -86,7 +86,7 @@ def prepare(
     return Submission(
         name=re.sub(r"[^A-Za-z0-9_.-]", "_", name),
         job=PurePosixPath(job),
-        folder=PurePosixPath(os.getcwd()),
+        folder=PurePosixPath(_here()),
         runs=PurePosixPath(runs),
         python=PurePosixPath(sys.executable),
         overrides=tuple(overrides),
@@ -95,6 +95,15 @@ def prepare(
         packages=packages,
         user=os.getuid(),
     )
+
+
+def _here() -> str:
+    try:
+        return os.getcwd()
+    except OSError as error:
+        raise UnfitError(
+            f"the working directory cannot be used: {error}", fix="submit from another folder"
+        ) from None
 
 
 def submit(submission: Submission) -> Queued:
@@ -109,12 +118,21 @@ def submit(submission: Submission) -> Queued:
             "there is no sbatch here",
             fix="submit from a login node of a Slurm cluster, or look at --dry-run",
         )
-    folder = Path(submission.runs)
-    folder.mkdir(parents=True, exist_ok=True)
-    if submission.packages:
-        pack(Path(submission.config.deps), Path(submission.packages.archive))
-    script = folder / f"submit-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.sh"
-    script.write_text(render(submission))
+    text = render(submission)
+    name = f"submit-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.sh"
+    script = Path(submission.runs) / name
+    try:
+        script.parent.mkdir(parents=True, exist_ok=True)
+        if submission.packages:
+            pack(Path(submission.config.deps), Path(submission.packages.archive))
+        # Made here and by nobody else, who could change it before Slurm reads it.
+        with open(script, "x", encoding="utf-8", opener=_private) as file:
+            file.write(text)
+    except OSError as error:
+        raise UnfitError(
+            f"the batch script, or the packages, cannot be written: {error}",
+            fix="submit from a folder that you can write to, or set run.folder to one",
+        ) from None
     try:
         told = subprocess.run(
             ["sbatch", "--parsable", str(script)],
@@ -122,6 +140,8 @@ def submit(submission: Submission) -> Queued:
             text=True,
             timeout=SUBMIT_LIMIT_S,
         )
+    except OSError as error:
+        raise UnfitError(f"sbatch cannot be started: {error}") from None
     except subprocess.TimeoutExpired:
         raise RefusedError(
             f"sbatch did not answer within {SUBMIT_LIMIT_S:.0f} s",
@@ -137,3 +157,7 @@ def submit(submission: Submission) -> Queued:
     number = told.stdout.strip().partition(";")[0]
     log = str(log_of(submission)).replace("%j", number).replace("%A", number).replace("%a", "*")
     return Queued(number, script, Path(log))
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)

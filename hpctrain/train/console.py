@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import stat
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+from hpctrain.files import open_in_place
 from hpctrain.trace import now_s
 from hpctrain.world import World
 
@@ -54,7 +57,7 @@ def terminal_columns(stream: TextIO, terminal: Path | None = None) -> int:
         stream: what is written to.
         terminal: the terminal's device, where the stream itself is none.
     """
-    if os.environ.get("COLUMNS", "").isdigit():
+    if os.environ.get("COLUMNS", "").isdecimal():
         return int(os.environ["COLUMNS"])
     try:
         if terminal is None:
@@ -124,7 +127,7 @@ class Console:
     def __init__(self, speaks: bool, line_s: float = 0.0, stream: TextIO | None = None) -> None:
         self._speaks = speaks
         self._line_s = line_s
-        self._stream = stream or sys.stderr
+        self._stream = stream or sys.stderr or io.StringIO()
         is_terminal = self._stream.isatty()
         self._terminal = None if is_terminal else launcher_terminal(self._stream)
         self.live = is_terminal or self._terminal is not None
@@ -137,29 +140,31 @@ class Console:
             return
         if self.live:
             bar = progress_bar(progress, terminal_columns(self._stream, self._terminal))
-            self._stream.write("\r\x1b[K" + bar)
+            self._write("\r\x1b[K" + bar)
             self._bar_shown = True
         elif now_s() - self._said_s >= self._line_s or progress.step == progress.steps:
             self._said_s = now_s()
-            self._stream.write(progress_line(progress) + "\n")
-        self._stream.flush()
+            self._write(progress_line(progress) + "\n")
 
     def finish(self) -> None:
         """Leave the bar standing and go to the next line."""
         if self._bar_shown:
-            self._stream.write("\n")
-            self._stream.flush()
+            self._write("\n")
             self._bar_shown = False
 
     def say(self, text: str) -> None:
         """Show a line, above the bar if there is one."""
         if not self._speaks:
             return
-        if self._bar_shown:
-            self._stream.write("\r\x1b[K")
-            self._bar_shown = False
-        self._stream.write(text + "\n")
-        self._stream.flush()
+        clear = "\r\x1b[K" if self._bar_shown else ""
+        self._bar_shown = False
+        self._write(f"{clear}{text}\n")
+
+    def _write(self, text: str) -> None:
+        # A full disk behind it, or nobody who reads any more, does not end the run.
+        with suppress(OSError, ValueError):
+            self._stream.write(text)
+            self._stream.flush()
 
 
 class RankLog:
@@ -170,7 +175,8 @@ class RankLog:
 
     def __init__(self, path: Path, world: World, console: Console) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = logging.FileHandler(path)
+        open_in_place(path, "a").close()
+        file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
         file.addFilter(_Place(world))
         file.setFormatter(
             logging.Formatter("%(asctime)s rank %(rank)s step %(step)s %(levelname)s %(message)s")

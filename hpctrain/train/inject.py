@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from hpctrain.config import check, option
-from hpctrain.errors import JobError
+from hpctrain.config import LONGEST_S, check, option
+from hpctrain.errors import JobError, shown
 from hpctrain.trace import now_s
 from hpctrain.world import FORWARD_S
 
@@ -64,7 +64,7 @@ class InjectConfig:
     exponential."""
     step: int | None = option(None, minimum=1)
     """Step, counted from 1, in the middle of which ranks are struck; for stall and kill."""
-    stall_s: float | None = option(None, above=0)
+    stall_s: float | None = option(None, above=0, maximum=LONGEST_S)
     """How long ranks stand still; for stall."""
     seed: int = option(0, minimum=0)
     """Of what is random about it; for bernoulli and exponential."""
@@ -87,7 +87,8 @@ class InjectConfig:
         ]
         are_ranks = all(type(rank) is int and rank >= 0 for rank in self.ranks)
         if not are_ranks or len(set(self.ranks)) < len(self.ranks):
-            mistakes.append(f"ranks: got {self.ranks}; allowed: integers from 0 on, none twice")
+            got = shown(self.ranks)
+            mistakes.append(f"ranks: got {got}; allowed: integers from 0 on, none twice")
         if mistakes:
             raise JobError("; ".join(mistakes))
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from hpctrain.stop import StopRequest
+from hpctrain.streams import tell
 from hpctrain.world import World
 
 _PATIENCE_S = 1.0
@@ -66,7 +67,7 @@ def _end(world: World, text: Callable[[], str], number: int) -> None:
         time.sleep(_PATIENCE_S)  # the root, which was interrupted as well, speaks and ends all
     line = f"\nhpctrain: {text()}\n"
     _log.warning(line.strip(), extra={"shown": True})
-    os.write(2, line.encode())
+    tell(line)
     if number == signal.SIGTERM:
         # Open MPI's mpirun forwards nothing more of its ranks once it was interrupted.
         with suppress(OSError), open("/dev/tty", "w") as terminal:

@@ -26,14 +26,19 @@ from hpctrain.grad.data_parallel import DataParallel
 from hpctrain.stop import StopRequest
 from hpctrain.trace import now_s
 from hpctrain.train import checkpoint, resume
-from hpctrain.train.checks import check_same_data, loss_mistake
+from hpctrain.train.checks import (
+    check_same_data,
+    checked_metrics,
+    loss_mistake,
+    refused_exits,
+)
 from hpctrain.train.console import Console, Progress, RankLog
 from hpctrain.train.device import device_of, moved
 from hpctrain.train.inject import Injection
 from hpctrain.train.interrupt import told_when_interrupted
 from hpctrain.train.metrics import Metrics, StepFigures
 from hpctrain.train.optimizer import build_optimizer
-from hpctrain.train.run_folder import open_run
+from hpctrain.train.run_folder import files_of, open_run
 from hpctrain.train.sample import show_sample
 from hpctrain.train.settings import Parts, Settings
 from hpctrain.world import World
@@ -112,7 +117,8 @@ class Trainer:
         self._fresh = fresh
         self.opened = open_run(self.control, parent, facts, chosen, fresh, train.steps)
         self.run_folder = self.opened.folder
-        self._log = RankLog(self.run_folder.log(world.rank), world, self.console)
+        with files_of(self.run_folder, world.name_of(world.rank)):
+            self._log = RankLog(self.run_folder.log(world.rank), world, self.console)
         for note in self.opened.notes:
             _log.warning(note)
         try:
@@ -139,11 +145,13 @@ class Trainer:
         self._log_every = settings.run.log_every or max(1, train.steps // 100)
         self._metrics: Metrics | None = None
         if world.is_root:
-            self.run_folder.begin_session({**facts, **self._surroundings()})
-            self._metrics = Metrics(self.run_folder, settings.run.tensorboard, self.step_number)
+            with files_of(self.run_folder, "rank 0"):
+                self.run_folder.begin_session({**facts, **self._surroundings()})
+                self._metrics = Metrics(self.run_folder, settings.run.tensorboard, self.step_number)
         world.trace.offset_s = clock_offset(self.control)
         if settings.run.trace_steps:
-            world.trace.open(self.run_folder.trace(world.rank), world.rank)
+            with files_of(self.run_folder, world.name_of(world.rank)):
+                world.trace.open(self.run_folder.trace(world.rank), world.rank)
         self._begun_s = now_s()
         self._say_hello()
 
@@ -172,7 +180,7 @@ class Trainer:
             StoppedError: on all ranks, after a checkpoint, when any was told to end by SIGUSR1, or
                 by SIGTERM in a batch job.
         """
-        with told_when_interrupted(self.world, self._farewell, self._stop):
+        with told_when_interrupted(self.world, self._farewell, self._stop), refused_exits():
             return self._run()
 
     def _run(self) -> dict[str, float]:
@@ -450,12 +458,13 @@ class Trainer:
     def _figures_of(self, data: MapStyle, index: int) -> dict[str, float]:
         """Sums of the loss and of the metrics over a batch of the validation data."""
         batch = self.settings.train.batch
-        whole = Batches(data, batch=batch, shuffle=False, collate=self.parts.collate)
+        collate, name = self.parts.collate, "validation_data"
+        whole = Batches(data, batch=batch, shuffle=False, collate=collate, name=name)
         count = min(batch, len(data) - index * batch)
         subset = moved(whole.read(index * batch, count), self.device)
-        figures = {"loss": self.parts.loss(self.model, subset)}
+        figures: dict[str, Any] = {"loss": self.parts.loss(self.model, subset)}
         if self.parts.metrics:
-            figures |= self.parts.metrics(self.model, subset)
+            figures |= checked_metrics(self.parts.metrics, self.parts.metrics(self.model, subset))
         return {name: float(value) * count for name, value in figures.items()}
 
     # ------------------------------------------------------------------ around the steps

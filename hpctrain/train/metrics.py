@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from hpctrain.files import open_in_place, replace_text
 from hpctrain.train.run_folder import RunFolder
 
 
@@ -71,14 +71,12 @@ def _as_json(value: Any) -> Any:
 def _reopen(path: Path, resumed_at: int) -> TextIO:
     """Open for appending, without lines of steps after `resumed_at` and without a cut-off line."""
     kept = []
-    if path.exists():
-        for line in path.read_text().splitlines():
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
                 if json.loads(line)["step"] <= resumed_at:
                     kept.append(line + "\n")
-            except (ValueError, TypeError, KeyError):
+            except (ValueError, TypeError, KeyError, RecursionError):
                 continue
-        side = path.with_name(f".{path.name}.partial")
-        side.write_text("".join(kept))
-        os.replace(side, path)
-    return path.open("a")
+        replace_text(path, "".join(kept))
+    return open_in_place(path, "a")

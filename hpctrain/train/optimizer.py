@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from hpctrain.config import check, nearest, option
+from hpctrain.config import check, key_text, nearest, option
+from hpctrain.errors import shortened, shown
 
 _UNFIT = ("LBFGS", "SparseAdam", "Muon")  # need a closure, sparse gradients, matrices alone
 _OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
@@ -60,19 +61,19 @@ def check_optimizer(table: Mapping[str, Any], where: str, mistakes: list[str]) -
     name = table.get("name", "adamw")
     if not isinstance(name, str) or name not in _OPTIMIZERS:
         mistakes.append(
-            f"{where}.name: unknown optimizer {name!r}{nearest(str(name), _OPTIMIZERS)}"
+            f"{where}.name: unknown optimizer {shown(name)}{nearest(str(name), _OPTIMIZERS)}"
         )
         return
     arguments = _arguments(name)
     usable: dict[str, Any] = {"name": name}
     for key, value in table.items():
-        place = f"{where}.{key}"
+        place = f"{where}.{key_text(key)}"
         if key == "name":
             continue
         if key not in arguments:
             mistakes.append(f"{place}: unknown key for {name}{nearest(key, arguments)}")
         elif wrong := _wrong(key, value, arguments[key]):
-            mistakes.append(f"{place}: {wrong}, got {value!r}")
+            mistakes.append(f"{place}: {wrong}, got {shown(value)}")
         else:
             usable[key] = value
     while refusal := _refusal(usable):
@@ -82,7 +83,7 @@ def check_optimizer(table: Mapping[str, Any], where: str, mistakes: list[str]) -
         if culprit is None:
             mistakes.append(f"{where}: {name} refuses its arguments: {refusal}")
             return
-        mistakes.append(f"{where}.{culprit}: {name} refuses it: {refusal}")
+        mistakes.append(f"{where}.{key_text(culprit)}: {name} refuses it: {refusal}")
         usable = _without(usable, culprit)
 
 
@@ -135,5 +136,5 @@ def _refusal(table: Mapping[str, Any]) -> str:
     try:
         build_optimizer([parameter], table).step()
     except Exception as error:
-        return str(error) or type(error).__name__
+        return shortened(str(error)) or type(error).__name__
     return ""

@@ -14,23 +14,25 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hpctrain.comm.channel import Channel
 from hpctrain.comm.collect import all_gather, broadcast
-from hpctrain.config import check, option
+from hpctrain.config import LONGEST_S, check, option
 from hpctrain.errors import ExitCode, HpctrainError, JobError, UnfitError
+from hpctrain.files import others_may_write, replace_text
 from hpctrain.records import read_facts
 from hpctrain.train.checkpoint import complete_names, step_of
 from hpctrain.train.run_lock import RunLock, holder_of
 
 _SESSION = ("fingerprint", "ranks", "nodes", "mpi", "torch", "threads", "resumed_at", "seconds")
 
-KEPT_APART = ("run", "checkpoint", "inject", "submit")
-"""Tables of a job that do not decide about what is trained."""
+KEPT_APART = ("extends", "run", "checkpoint", "inject", "submit")
+"""Keys of a job that do not decide about what is trained."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +43,7 @@ class RunConfig:
     """Parent of all run folders, relative to the working directory; visible to all ranks."""
     log_every: int = option(0, minimum=0)
     """Steps between two exchanges of figures among the ranks; 0 for a hundred a run."""
-    line_s: float = option(10.0, minimum=0)
+    line_s: float = option(10.0, minimum=0, maximum=LONGEST_S)
     """Shortest time between two lines of progress, where there is no terminal for a live bar."""
     trace_steps: int = option(50, minimum=0)
     """Steps, from the start of each session, whose spans are recorded for the timeline."""
@@ -95,9 +97,8 @@ class RunFolder:
 
     def write_facts(self, **facts: Any) -> None:
         """Add to run.json, replacing it in one step."""
-        side = self.path / ".run.json.partial"
-        side.write_text(json.dumps({**self.facts(), **facts}, indent=1, default=str) + "\n")
-        side.replace(self.path / "run.json")
+        text = json.dumps({**self.facts(), **facts}, indent=1, default=str) + "\n"
+        replace_text(self.path / "run.json", text)
 
     def begin_session(self, facts: Mapping[str, Any]) -> None:
         """Record a new session in run.json; what it said of the last one goes to `history`.
@@ -108,8 +109,29 @@ class RunFolder:
         session = {key: last[key] for key in _SESSION if key in last}
         if "job" in last and last["job"] != _as_read(facts.get("job")):
             session["job"] = last["job"]
-        history = [*last.get("history", []), *([session] if "ranks" in last else [])]
+        before = last.get("history")
+        history = [
+            *(before if isinstance(before, list) else []),
+            *([session] if "ranks" in last else []),
+        ]
         self.write_facts(**{**facts, "history": history, "finished": False})
+
+
+@contextmanager
+def files_of(run: RunFolder, who: str) -> Iterator[None]:
+    """Tell what keeps a rank from opening its files in the run folder.
+
+    Raises:
+        UnfitError: a file or folder cannot be made, or is something else.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UnfitError(
+            f"{who} cannot write into the run folder: {error}",
+            where=str(run.path),
+            fix="remove what is in the way, free space, or choose another --run-dir",
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -166,10 +188,10 @@ def open_run(
                 else _open_chosen(chosen, facts, fresh, steps)
             )
             answer = opened.folder.path
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
             answer = UnfitError(
                 f"the run folder cannot be made: {error}",
-                fix="set run.folder to a place that can be written",
+                fix="set run.folder, or --run-dir, to a place that can be written",
                 everywhere=True,
             )
         except HpctrainError as error:
@@ -248,6 +270,12 @@ def _open_number(parent: Path, facts: Mapping[str, Any], fresh: bool) -> OpenedR
         if earlier and earlier.get("fingerprint") == facts.get("fingerprint"):
             if finished:
                 break
+            if others_may_write(run.path) and others_may_write(parent):
+                left = left or (
+                    f"{run.path} is not continued, as other users may have written it; "
+                    f"if you trust it: --run-dir {run.path}"
+                )
+                continue
             lock = RunLock(run.lock)
             busy = lock.take()
             if busy:

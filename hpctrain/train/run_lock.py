@@ -10,6 +10,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
+from hpctrain.errors import shortened
+from hpctrain.files import open_in_place
+
 
 class RunLock:
     """Held by the root of the launch that trains in a folder.
@@ -23,14 +26,23 @@ class RunLock:
         self._file: TextIO | None = None
 
     def take(self) -> str | None:
-        """Take the lock. Returns None, or who holds it: `pid 4711 on node-a`."""
-        file = self._path.open("a+")
+        """Take the lock. Returns None, or who holds it: `pid 4711 on node-a`.
+
+        Raises:
+            OSError: there cannot be a lock.
+        """
+        try:
+            file = open_in_place(self._path, "a+")
+        except PermissionError:
+            if not self._path.exists() or self._path.stat().st_uid == os.geteuid():
+                raise
+            return "another user"
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 file.seek(0)
-                holder = file.read().strip() or "another process"
+                holder = shortened(file.read(1000).strip()) or "another process"
                 file.close()
                 return holder
         self._file = file

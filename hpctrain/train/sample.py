@@ -9,6 +9,9 @@ import torch
 from torch import nn
 
 from hpctrain.data.generators import OwnGenerators
+from hpctrain.errors import told
+from hpctrain.files import replace_text
+from hpctrain.streams import say
 from hpctrain.train.console import Console
 from hpctrain.train.run_folder import RunFolder
 
@@ -30,12 +33,12 @@ def show_sample(
     try:
         with torch.no_grad(), OwnGenerators(seed):
             text = str(sample(model.eval()))
-        (run.path / "sample.txt").write_text(text + "\n")
-        print(text, flush=True)
-    except Exception as error:
+        replace_text(run.path / "sample.txt", text + "\n")
+        say(text + "\n")
+    except (Exception, SystemExit) as error:
         _log.exception("sample() failed", extra={"shown": True})
         console.say(
-            f"sample() failed, the run is finished all the same: {type(error).__name__}: {error} "
+            f"sample() failed, the run is finished all the same: {told(error)} "
             f"(traceback in {run.log(0)})"
         )
     finally:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -79,11 +81,14 @@ def test_each_call_is_tried_once_for_a_library_driver_and_host(
 
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"x": 1}', '{"x": {"send": "taken"}}'])
 def test_damaged_cache_is_made_anew(tried: list[str], content: str) -> None:
-    device_probe.cache_file().parent.mkdir(parents=True)
-    device_probe.cache_file().write_text(content)
+    path = device_probe.cache_file()
+    assert path is not None
+    path.parent.mkdir(mode=0o700)
+    path.touch(mode=0o600)
+    path.write_text(content)
     device_calls("MPICH 5")
     assert tried == list(CALLS)
-    assert len(json.loads(device_probe.cache_file().read_text())) == 1
+    assert len(json.loads(path.read_text())) == 1
 
 
 def test_no_cache_can_be_written(tried: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,3 +115,67 @@ def test_other_settings_of_the_library_are_tried_anew(
     monkeypatch.setenv("UCX_TLS", "tcp")
     device_calls("MPICH 5")
     assert len(tried) == 2 * len(CALLS)
+
+
+def test_what_is_kept_is_private(tried: list[str]) -> None:
+    device_calls("MPICH 5")
+    path = device_probe.cache_file()
+    assert path is not None
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert path.parent.stat().st_mode & 0o777 == 0o700
+    assert [each.name for each in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("case", ["writable", "writable folder", "link", "linked folder", "pipe"])
+def test_what_others_may_have_written_is_not_believed(
+    tried: list[str], tmp_path: Path, case: str
+) -> None:
+    device_calls("MPICH 5")
+    path = device_probe.cache_file()
+    assert path is not None
+    if case == "writable":
+        path.chmod(0o666)
+    elif case == "writable folder":
+        path.parent.chmod(0o777)
+    elif case == "linked folder":
+        path.parent.rename(tmp_path / "elsewhere")
+        path.parent.symlink_to(tmp_path / "elsewhere")
+    else:
+        path.rename(tmp_path / "elsewhere")
+        os.mkfifo(path) if case == "pipe" else path.symlink_to(tmp_path / "elsewhere")
+    device_calls("MPICH 5")
+    assert tried == 2 * list(CALLS)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root, to make files of another user")
+def test_cache_that_another_user_has_made_is_left_alone(tried: list[str]) -> None:
+    path = device_probe.cache_file()
+    assert path is not None
+    path.parent.mkdir(mode=0o777)
+    os.chown(path.parent, 65534, 65534)
+    device_calls("MPICH 5")
+    assert list(path.parent.iterdir()) == []
+
+
+def test_user_without_a_home_keeps_nothing(
+    tried: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", unknown)
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert device_probe.cache_file() is None
+    for _ in range(2):
+        assert device_calls("MPICH 5")["send"] == TAKEN
+    assert len(tried) == 2 * len(CALLS)
+
+
+def test_probe_imports_nothing_from_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mpi4py.py").write_text("print('taken'); raise SystemExit")
+    monkeypatch.chdir(tmp_path)
+    head = device_probe.CHILD.split("import torch")[0] + "import mpi4py; print(mpi4py.__file__)"
+    out = subprocess.run([sys.executable, "-c", head], capture_output=True, text=True, check=True)
+    assert "mpi4py" in out.stdout and str(tmp_path) not in out.stdout

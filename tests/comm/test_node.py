@@ -6,6 +6,7 @@ import ctypes
 import gc
 import logging
 import mmap
+import os
 import shutil
 import subprocess
 import sys
@@ -138,6 +139,27 @@ def test_ranks_see_what_others_write(engine: Engine, world: World) -> None:
     assert [int(part[3 * 128]) for part in place.parts] == list(range(1, world.size + 1))
     assert [int(part.count_nonzero()) for part in place.parts] == [128] * world.size
     barrier_on(engine.control)
+
+
+@pytest.mark.mpi
+def test_memory_of_a_node_is_closed_to_other_users(engine: Engine) -> None:
+    slabs = node.shared_slabs(engine, [1000], [torch.float32])
+    assert slabs is not None
+    mapped = {
+        line.split()[5]
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if "rw-s" in line
+    }
+    files = [Path(name) for name in mapped if name.startswith(("/dev/shm/", "/tmp/"))]
+    for path in filter(Path.exists, files):  # those that are deleted have no name to open
+        facts = path.stat()
+        assert facts.st_uid == os.geteuid()
+        assert facts.st_mode & 0o077 == 0 or is_closed(path.parent), path
+    barrier_on(engine.control)
+
+
+def is_closed(folder: Path) -> bool:
+    return any(each.stat().st_mode & 0o001 == 0 for each in [folder, *folder.parents])
 
 
 @pytest.mark.mpi

@@ -229,7 +229,7 @@ def test_an_iterator_that_ends_is_an_error_that_says_where(size: int) -> None:
     batches = batches_of(iter(range(7)), batch=3, size=size, rank=size - 1)
     first = batches.share(0).samples
     assert len(samples_of(batches, range(2))) == 2 * first
-    with pytest.raises(TrainingError, match="ended after 7 samples") as caught:
+    with pytest.raises(JobError, match="ended after 7 samples") as caught:
         samples_of(batches, [2])
     assert caught.value.fix
 
@@ -240,7 +240,7 @@ def test_an_iterable_that_gives_samples_only_once_is_an_error() -> None:
             samples, self.samples = self.samples, []
             return iter(samples)
 
-    with pytest.raises(TrainingError, match="ended after 7 samples"):
+    with pytest.raises(JobError, match="ended after 7 samples"):
         samples_of(batches_of(Once(range(7)), batch=3), range(3))
 
 
@@ -262,6 +262,126 @@ def test_an_iterable_without_samples_is_an_error(data: Any) -> None:
 def test_what_is_no_data_is_refused() -> None:
     with pytest.raises(JobError, match="neither indexed nor iterated: got 'int'"):
         Batches(5, batch=1)  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------------- samples that are none
+
+
+class Shrinking(list[int]):
+    """Loses its last samples after so many were read."""
+
+    after = 3
+
+    def __getitem__(self, index: Any) -> Any:
+        self.after -= 1
+        if self.after == 0:
+            del self[4:]
+        return super().__getitem__(index)
+
+
+def test_data_that_shrinks_is_told_with_the_sample() -> None:
+    batches = batches_of(Shrinking(range(8)), batch=8, shuffle=False)
+    with pytest.raises(JobError, match=r"sample 4 .* had 8 samples at the start, and has 4 now"):
+        batches.read(0, 8)
+
+
+@pytest.mark.parametrize("is_batched", [False, True])
+def test_sample_that_is_missing_is_told_with_its_place(is_batched: bool) -> None:
+    class Short:
+        def __len__(self) -> int:
+            return 8
+
+        def __getitem__(self, index: int) -> int:
+            return list(range(4))[index]
+
+    class Batched(Short):
+        def __getitems__(self, indices: list[int]) -> list[int]:
+            return [self[i] for i in indices]
+
+    data = Batched() if is_batched else Short()
+    with pytest.raises(JobError, match="missing, though its length is 8: IndexError") as caught:
+        batches_of(data, batch=8, shuffle=False).read(2, 4)
+    assert "samples 2, 3, 4, 5" in str(caught.value) if is_batched else "sample 4 of"
+    assert f"{__file__}:" in str(caught.value.where) and "__getitem__" in str(caught.value.where)
+
+
+def test_sample_that_fails_is_named_and_keeps_its_traceback() -> None:
+    class Failing(list[int]):
+        def __getitem__(self, index: Any) -> Any:
+            raise OSError("stale file handle")
+
+    with pytest.raises(TrainingError, match=r"sample 0 .*: OSError: stale file handle") as caught:
+        batches_of(Failing(range(3)), batch=1, shuffle=False).read(0, 1)
+    assert isinstance(caught.value.__cause__, OSError)
+
+
+def test_stream_that_fails_is_told_with_its_place() -> None:
+    def samples() -> Iterator[int]:
+        yield from range(3)
+        raise ValueError("bad record")
+
+    with pytest.raises(TrainingError, match="failed after 3 samples: ValueError: bad record"):
+        batches_of(samples(), batch=4).read(0, 4)
+
+
+MISFITS: dict[str, tuple[Any, Any, str]] = {
+    "shape": (
+        torch.zeros(3),
+        torch.zeros(4),
+        r"sample 0 is Tensor of shape \(3,\), sample 2 Tensor of shape \(4,\)",
+    ),
+    "nested": (
+        {"x": (torch.zeros(2), 1)},
+        {"x": (torch.zeros(2, 2), 1)},
+        r"sample 2 {'x': \(Tensor of shape \(2, 2\), int\)}",
+    ),
+    "keys": ({"x": 1}, {"y": 1}, r"sample 0 is {'x': int}, sample 2 {'y': int}"),
+    "length": ((1, 2), (1,), r"sample 0 is \(int, int\), sample 2 \(int\)"),
+    "type": (1, "a", "sample 0 is int, sample 2 str"),
+    "unknown": (object(), object(), "found <class 'object'>"),
+    "None": (None, None, "found <class 'NoneType'>"),
+}
+
+
+@pytest.mark.parametrize("kind", [list, Stream])
+@pytest.mark.parametrize(("usual", "odd", "expected"), MISFITS.values(), ids=MISFITS)
+def test_samples_that_make_no_batch_are_told(
+    kind: Callable[[Any], Any], usual: Any, odd: Any, expected: str
+) -> None:
+    batches = Batches(kind([usual, usual, odd]), batch=3, shuffle=False)
+    with pytest.raises(JobError, match=f"samples 0, 1, 2 .*make no batch: .*{expected}") as caught:
+        batches.read(0, 3)
+    assert "collate" in str(caught.value.fix)
+
+
+def test_samples_inside_themselves_are_told() -> None:
+    sample: list[Any] = []
+    sample.append(sample)
+    with pytest.raises(JobError, match="make no batch: RecursionError"):
+        Batches([sample, sample], batch=2).read(0, 2)
+
+
+def test_collate_that_fails_names_the_samples_and_keeps_its_traceback() -> None:
+    def collate(samples: list[Any]) -> Any:
+        raise KeyError("label")
+
+    with pytest.raises(TrainingError, match="failed on samples 0, 1: KeyError") as caught:
+        batches_of(range(2), batch=2, shuffle=False, collate=collate).read(0, 2)
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_batch_that_does_not_fit_in_memory_is_told() -> None:
+    data = [torch.zeros(()).expand(1 << 44)] * 2
+    with pytest.raises(JobError, match="2 samples do not fit in memory at a time") as caught:
+        Batches(data, batch=2).read(0, 2)
+    assert "train.micro_batch" in str(caught.value.fix)
+
+
+def test_order_that_does_not_fit_in_memory_is_told() -> None:
+    with pytest.raises(JobError, match="does not fit in memory") as caught:
+        batches_of(range(1 << 60), batch=1).read(0, 1)
+    assert "train.shuffle = false" in str(caught.value.fix)
+    assert batches_of(range(1 << 60), batch=1, shuffle=False).read(1 << 59, 1) == [1 << 59]
 
 
 # ---------------------------------------------------------------------- random streams

@@ -9,6 +9,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from hpctrain.errors import UnfitError
+from hpctrain.submit import queue
+from hpctrain.submit.config import SubmitConfig
+
 if TYPE_CHECKING:
     from conftest import Launch
 
@@ -60,12 +64,22 @@ def test_dry_run_shows_what_would_be_submitted(cluster: Launch) -> None:
     assert not (cluster.folder / "runs").exists()
 
 
+def test_key_of_an_array_must_be_one(cluster: Launch) -> None:
+    """Not when each of its tasks has waited in the queue."""
+    options = ("--array", "0-3", "--dry-run", "--set")
+    ended = cluster(0, *SUBMIT, *options, "submit.array_key=train.stepz")
+    assert ended.status == 2
+    assert "train.stepz: unknown key; did you mean 'steps'? (--set train.stepz=0)" in ended.err
+    assert "at least 1" in cluster(0, *SUBMIT, *options, "submit.array_key=train.steps").err
+
+
 def test_submitted_job_is_told(cluster: Launch) -> None:
     ended = cluster(0, *SUBMIT)
     assert ended.status == 0, ended.err
     *options, script = (cluster.folder / "given").read_text().split()
     assert options == ["--parsable"]
     assert (cluster.folder / script).read_text().startswith("#!/bin/bash\n#SBATCH")
+    assert (cluster.folder / script).stat().st_mode & 0o777 == 0o600
     assert "job 42 is queued" in ended.out
     assert "scancel 42" in ended.out
     assert "runs/digits/slurm-42.log" in ended.out
@@ -100,3 +114,38 @@ def test_submit_has_no_part_in_what_is_trained(launch: Launch) -> None:
     assert again.status == 0
     assert "already finished" in again.err
     assert json.loads((launch.folder / "run" / "run.json").read_text())["finished"]
+
+
+@pytest.mark.parametrize("case", ["link", "file", "no folder"])
+def test_script_is_made_by_nobody_else(
+    cluster: Launch, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    """Where others may write, one of them may have made a script of that name before."""
+    monkeypatch.chdir(cluster.folder)
+    monkeypatch.setenv("PATH", cluster.environment["PATH"])
+    monkeypatch.setattr("time.strftime", lambda _: "now")
+    runs = cluster.folder / "runs"
+    script, other = runs / f"submit-now-{os.getpid()}.sh", cluster.folder / "precious"
+    if case == "no folder":
+        runs.touch()
+    else:
+        runs.mkdir()
+        other.write_text("kept")
+        script.symlink_to(other) if case == "link" else script.write_text("theirs")
+    submission = queue.prepare(
+        "job", Path("digits.toml"), runs, (), SubmitConfig(launcher="mpirun"), "Open MPI"
+    )
+    with pytest.raises(UnfitError, match="the batch script, or the packages, cannot be written"):
+        queue.submit(submission)
+    assert not (cluster.folder / "given").exists()
+    if case == "link":
+        assert other.read_text() == "kept"
+
+
+def test_working_directory_that_is_gone(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = launch.folder / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(UnfitError, match="the working directory cannot be used"):
+        queue.prepare("job", Path("x"), Path("runs"), (), SubmitConfig(launcher="mpirun"), "MPICH")

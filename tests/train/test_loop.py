@@ -356,7 +356,7 @@ def test_data_that_ends_early_is_told(world: World, shared_folder: Path) -> None
     made = trainer(world, shared_folder, config, train_data=(points[i] for i in range(25)))
     made.step()
     made.step()
-    with pytest.raises(TrainingError, match="ended after 25 samples"):
+    with pytest.raises(JobError, match="ended after 25 samples"):
         next(made.batches.share(3).subsets)
 
 

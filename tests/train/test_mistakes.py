@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from hpctrain import ExchangeConfig, World
 from hpctrain.data.generators import seed_generators
 from hpctrain.errors import CheckpointError, ExitCode, HpctrainError, JobError
 from hpctrain.train.checkpoint import CheckpointConfig, complete_names
+from hpctrain.train.checks import checked_metrics
 from hpctrain.train.loop import Trainer
 from hpctrain.train.optimizer import ScheduleConfig
 from hpctrain.train.run_folder import AlreadyFinishedError, RunConfig
@@ -148,8 +150,11 @@ def test_batch_larger_than_the_data_is_told_once(
         (lambda value: value.item(), "returned a value of type float"),
         (lambda value: value.detach(), "returned a number without a gradient"),
         (lambda value: value.expand(3), r"returned a tensor of shape \(3,\)"),
+        (lambda value: value + 0j, "returned a complex number"),
+        (lambda value: [value], "returned a value of type list"),
+        (lambda value: value.to("meta"), "returned a number without a value"),
     ],
-    ids=["None", "float", "detached", "vector"],
+    ids=["None", "float", "detached", "vector", "complex", "list", "meta"],
 )
 @pytest.mark.parametrize("batch", [1, 5])  # of 1, most ranks have no sample
 def test_wrong_loss_is_told_with_its_place(
@@ -164,6 +169,27 @@ def test_wrong_loss_is_told_with_its_place(
         made.step()
     assert f"wrong() in {__file__}:" in refused(error)
     assert "must return one number" in refused(error)
+
+
+@pytest.mark.parametrize("returned", [None, 0.5, {"a": "x"}, {"a": torch.ones(2)}], ids=str)
+def test_metrics_that_are_none_are_told_with_their_place(make: Make, returned: Any) -> None:
+    def metrics(model: nn.Module, batch: Any) -> Any:
+        return returned
+
+    made = make(validation_data=points(5), metrics=metrics)
+    evaluated = made.evaluate if made.world.is_root else lambda: checked_metrics(metrics, returned)
+    with pytest.raises(JobError, match=r"returned .* in place of numbers by name") as error:
+        evaluated()
+    assert f"metrics() in {__file__}:" in str(error.value)
+
+
+def test_exit_in_the_middle_is_no_end_of_the_run(make: Make) -> None:
+    def leaves(model: nn.Module, batch: Any) -> Any:
+        sys.exit()
+
+    with pytest.raises(JobError, match=r"has called sys\.exit\(\) while") as error:
+        make(loss=leaves).run()
+    assert f"{__file__}:" in str(error.value.where) and "in leaves" in str(error.value.where)
 
 
 def test_sample_is_made_in_evaluation_and_kept(world: World, make: Make) -> None:

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,11 @@ import pytest
 from hpctrain.comm.channel import Channel
 from hpctrain.comm.engine import engine_of
 from hpctrain.errors import JobError, UnfitError
+from hpctrain.trace import Trace
 from hpctrain.train.checkpoint import MANIFEST
+from hpctrain.train.console import Console, RankLog
 from hpctrain.train.metrics import Metrics
-from hpctrain.train.run_folder import AlreadyFinishedError, RunFolder, open_run
+from hpctrain.train.run_folder import AlreadyFinishedError, RunFolder, files_of, open_run
 from hpctrain.train.run_lock import RunLock
 from hpctrain.world import World
 
@@ -253,6 +256,54 @@ def test_file_system_without_locks_is_no_obstacle(
     run.release()
 
 
+as_root = pytest.mark.skipif(os.getuid() != 0, reason="needs root, to make files of another user")
+
+
+@as_root
+@pytest.mark.parametrize("mode", [0o777, 0o755])
+def test_run_that_another_user_may_have_made_is_not_continued(
+    channel: Channel, tmp_path: Path, mode: int
+) -> None:
+    """In a folder where anybody may write; where only the user may, it is their own doing."""
+    left = earlier(tmp_path / "001")
+    os.chown(left.path, 65534, 65534)
+    tmp_path.chmod(mode)
+    new = open_run(channel, tmp_path, FACTS)
+    if mode == 0o755:
+        assert (new.folder.path.name, new.notes) == ("001", ())
+    else:
+        assert new.folder.path.name == "002"
+        assert "may have written it" in new.notes[0] and f"--run-dir {left.path}" in new.notes[0]
+        assert open_run(channel, tmp_path, FACTS, left.path).folder.path == left.path
+    new.release()
+
+
+def test_lock_that_is_a_link_is_not_followed(channel: Channel, tmp_path: Path) -> None:
+    left = earlier(tmp_path / "001")
+    (tmp_path / "precious").write_text("kept")
+    left.lock.symlink_to(tmp_path / "precious")
+    with pytest.raises(UnfitError, match=r"run\.lock"):
+        open_run(channel, tmp_path, FACTS)
+    assert (tmp_path / "precious").read_text() == "kept"
+
+
+@as_root
+def test_lock_of_another_user_is_held_by_them() -> None:
+    """Somebody else's run in a folder that several people share."""
+    with tempfile.TemporaryDirectory() as folder:  # others may not look into those of pytest
+        os.chmod(folder, 0o777)
+        path = Path(folder) / "run.lock"
+        path.touch(mode=0o644)
+        process = os.fork()
+        if process == 0:
+            try:
+                os.setuid(65534)
+                os._exit(0 if RunLock(path).take() == "another user" else 1)
+            finally:
+                os._exit(2)
+        assert os.waitpid(process, 0)[1] == 0
+
+
 # ---------------------------------------------------------------------- what is left behind
 
 
@@ -359,14 +410,40 @@ def test_what_is_not_finite_is_null(tmp_path: Path, value: float) -> None:
     assert run.metrics.read_text() == '{"step": 1, "loss": null, "validation": {"loss": null}}\n'
 
 
-@pytest.mark.parametrize("torn", ["", '{"step": 2, "lo', "\0\0\0\0", "garbage\n", "{}\n"])
+@pytest.mark.parametrize("history", [5, "x", {"a": 1}, None])
+def test_damaged_history_is_begun_anew(tmp_path: Path, history: object) -> None:
+    run = RunFolder(tmp_path)
+    run.write_facts(ranks=2, fingerprint="a", history=history)
+    run.begin_session({**FACTS, "ranks": 3})
+    assert run.facts()["history"] == [{"fingerprint": "a", "ranks": 2}]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "logs", "trace"])
+def test_something_in_the_way_of_a_file_is_told(world: World, tmp_path: Path, name: str) -> None:
+    run = RunFolder(tmp_path)
+    (tmp_path / name).mkdir() if "." in name else (tmp_path / name).touch()
+
+    def opened_all() -> None:
+        with files_of(run, "rank 0"):
+            RankLog(run.log(0), world, Console(speaks=False)).close()
+            Metrics(run, tensorboard=False, resumed_at=0).close()
+            Trace().open(run.trace(0), 0)
+
+    with pytest.raises(UnfitError, match="rank 0 cannot write into the run folder") as caught:
+        opened_all()
+    assert caught.value.fix
+
+
+@pytest.mark.parametrize(
+    "torn", ["", "\ud800", "[" * 5000 + "\n", '{"step": 2, "lo', "\0\0\0\0", "garbage\n", "{}\n"]
+)
 def test_resumed_run_has_each_step_once(tmp_path: Path, torn: str) -> None:
     run = RunFolder(tmp_path)
     killed = Metrics(run, tensorboard=False, resumed_at=0)
     for step in range(1, 8):
         killed.write(step, loss=0.1)
     killed.close()
-    with run.metrics.open("a") as file:
+    with run.metrics.open("a", errors="surrogatepass") as file:
         file.write(torn)
 
     resumed = Metrics(run, tensorboard=False, resumed_at=4)

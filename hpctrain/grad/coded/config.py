@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hpctrain.config import check, option
+from hpctrain.config import LONGEST_S, check, option
 from hpctrain.errors import ExchangeError, HpctrainError, JobError
 from hpctrain.grad.coded.assignment import PLACEMENTS
 from hpctrain.grad.coded.schemes import SCHEMES
@@ -18,11 +18,11 @@ class LostError(HpctrainError):
 class CodedConfig:
     """How data blocks are held by several workers, and who adds up."""
 
-    blocks: int = option(0, minimum=0)
+    blocks: int = option(0, minimum=0, maximum=1 << 20)
     """Data blocks of a step; 0 for 4 times the number of workers."""
-    copies: int = option(2, minimum=1)
+    copies: int = option(2, minimum=1, maximum=1 << 20)
     """How many workers hold each data block; at most all of them."""
-    enough: int = option(0, minimum=0)
+    enough: int = option(0, minimum=0, maximum=1 << 20)
     """Any so many workers must hold a complete set, which is certified at the start; at most all
     of them, 0 for what `copies` gives."""
     placement: str = option("spread", choices=PLACEMENTS)
@@ -32,18 +32,18 @@ class CodedConfig:
     """What workers send: sums over data blocks; one coded vector a worker, which is exact up to
     rounding (cyclic MDS code); or copies of everything, to vote on, which names a rank that sends
     wrong gradients (3 copies or more, each computed in any case)."""
-    deadline_s: float = option(0.0, minimum=0)
+    deadline_s: float = option(0.0, minimum=0, maximum=LONGEST_S)
     """After so many seconds a step goes on with an unbiased estimate from what is there, and tells
     its error; 0 to wait for the exact gradient."""
     root: str = option("working", choices=("working", "dedicated"))
     """Whether the ranks that add up compute data blocks as well."""
-    aggregators: int = option(1, minimum=1)
+    aggregators: int = option(1, minimum=1, maximum=1 << 20)
     """How many ranks, from rank 0 on, add up, each some of the model blocks."""
     relearn: bool = True
     """Whether workers get fewer data blocks of their own when they turn out slow."""
-    silent_s: float = option(1.0, minimum=0.3)
+    silent_s: float = option(1.0, minimum=0.3, maximum=LONGEST_S)
     """Of a worker that has said nothing for so long nothing is expected in the present step."""
-    lost_s: float = option(4.0, above=0)
+    lost_s: float = option(4.0, above=0, maximum=LONGEST_S)
     """A worker that has said nothing for so long counts as dead, or for a minute where the MPI
     library tells of deaths: when then nobody is left who holds some data block, the run ends."""
 
