@@ -40,7 +40,7 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 # A job that is requeued waits for as long as its credentials are valid.
-AuthInfo=socket={folder}/munge.socket,cred_expire=1
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
 CredType=cred/munge
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n

@@ -101,6 +101,13 @@ def _facts() -> dict[str, str]:
 def _launcher(world: World) -> Finding:
     # A launcher that MPI does not recognise was refused when the ranks joined.
     launcher, _ = launched_size(os.environ)
+    if world.split_machines:
+        return Finding(
+            "launcher",
+            WARNING,
+            f"{world.library} says that ranks on {', '.join(world.split_machines)} share no memory",
+            "start ranks with the library's own mpirun, or by another type of srun's --mpi",
+        )
     started = "started by hand" if launcher == "none" else f"started by {launcher}"
     return Finding(
         "launcher",

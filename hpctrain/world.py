@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Flag, auto
 from fractions import Fraction
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +74,8 @@ class Seat:
     """Cores that the launcher lets this rank run on."""
     machine_cores: int = field(default_factory=lambda: os.cpu_count() or 1)
     """Cores of the machine, also those that this rank may not use."""
+    boot: str = field(default_factory=lambda: boot_of_machine())
+    """With the host's name, tells machines apart."""
 
 
 @dataclass(frozen=True)
@@ -126,9 +129,17 @@ class World:
 
     @property
     def cores_per_rank(self) -> float:
-        """Cores that this rank has to itself when those of its node are shared evenly."""
-        seats = [self.seats[rank] for rank in self.nodes[self.node]]
-        return core_share(self.seats[self.rank].cores, [seat.cores for seat in seats])
+        """Cores that this rank has to itself when those of its machine are shared evenly."""
+        mine = self.seats[self.rank]
+        cores = [s.cores for s in self.seats if (s.host, s.boot) == (mine.host, mine.boot)]
+        return core_share(mine.cores, cores)
+
+    @property
+    def split_machines(self) -> tuple[str, ...]:
+        """Hosts whose ranks share no memory as far as the MPI library says: several nodes."""
+        machines = {ranks[0]: self.seats[ranks[0]] for ranks in self.nodes}
+        count = Counter((seat.host, seat.boot) for seat in machines.values())
+        return tuple(host for (host, _), nodes in count.items() if nodes > 1)
 
     @property
     def oversubscribed(self) -> bool:
@@ -341,6 +352,13 @@ def refuse_lone_ranks(environment: Mapping[str, str], size: int, library: str) -
             "(or the srun --mpi=... type that it was built for; srun --mpi=list shows them)",
             everywhere=True,
         )
+
+
+def boot_of_machine() -> str:
+    """What is the same for all processes of a machine until it is started anew."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return ""
 
 
 def usable_cores() -> tuple[int, ...]:

@@ -67,6 +67,17 @@ def test_nodes_are_told_apart_by_shared_memory_not_by_name() -> None:
     assert world_of(seats).nodes == ((0,), (1,))
 
 
+def test_cores_are_those_of_a_machine_whoever_shares_memory_there() -> None:
+    """As under srun's pmix, where Open MPI takes each rank for a node."""
+    apart = [Seat("a", rank, (0, 1), boot="1") for rank in range(2)]
+    assert world_of(apart).cores_per_rank == 1
+    assert world_of(apart).split_machines == ("a",)
+    namesakes = [Seat("localhost", rank, (0, 1), boot=str(rank)) for rank in range(2)]
+    assert world_of(namesakes).cores_per_rank == 2
+    assert world_of(namesakes).split_machines == ()
+    assert world_of(DEALT).split_machines == ()
+
+
 def test_nodes_are_ordered_by_their_smallest_rank() -> None:
     seats = [Seat("b", 0, (0,)), Seat("a", 1, (0,)), Seat("a", 1, (1,)), Seat("b", 0, (1,))]
     assert world_of(seats).nodes == ((0, 3), (1, 2))

@@ -513,6 +513,12 @@ class Trainer:
             _log.warning(
                 "a batch of %d takes samples of the %d several times", train.batch, len(data)
             )
+        if world.is_root and world.split_machines:
+            _log.warning(
+                "%s: the MPI library says that ranks of one machine share no memory, so that "
+                "gradients between them travel as messages; another launcher may help",
+                ", ".join(world.split_machines),
+            )
         self.console.say(
             f"{parameters:,} parameters, {world.size} rank(s) on {len(world.nodes)} node(s), "
             f"{world.library}; run folder {self.run_folder.path}"
