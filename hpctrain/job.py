@@ -40,7 +40,7 @@ from hpctrain.grad.coded.config import CodedConfig
 from hpctrain.grad.config import ExchangeConfig
 from hpctrain.stop import StopRequest
 from hpctrain.submit.config import SubmitConfig
-from hpctrain.train.checkpoint import CheckpointConfig
+from hpctrain.train.checkpoint.config import CheckpointConfig
 from hpctrain.train.coded_loop import CodedTrainer
 from hpctrain.train.inject import InjectConfig
 from hpctrain.train.loop import Trainer

@@ -46,7 +46,13 @@ COLORS = {
 WIRE_COLORS = ("#ccbb44", "#aa9922")
 STEP_PHASES = ("data", "forward", "backward", "optimizer")
 SHOWN_STEPS = 3
-THREADS = {trace.COMPUTE: 0, trace.WIRE: 100, trace.DATA_BLOCKS: 200, trace.CODED: 300}
+THREADS = {
+    trace.COMPUTE: 0,
+    trace.WIRE: 100,
+    trace.DATA_BLOCKS: 200,
+    trace.CODED: 300,
+    trace.CHECKPOINT: 500,
+}
 """Where the threads of each track begin, in timeline.json."""
 
 

@@ -7,6 +7,7 @@ brings the files of all ranks onto one clock: time on rank 0 = own time + offset
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 now_s = time.perf_counter
+_log = logging.getLogger("hpctrain")
 
 COMPUTE = "compute"
 """Track of what the main thread does: data, forward, backward, optimizer."""
@@ -23,6 +25,8 @@ DATA_BLOCKS = "data blocks"
 """Track of data blocks that a rank computed, in the coded mode."""
 CODED = "coded"
 """Track of steps as the root sees them, in the coded mode."""
+CHECKPOINT = "checkpoint"
+"""Track of the thread that writes checkpoints."""
 
 
 class Trace:
@@ -80,8 +84,12 @@ class Trace:
             json.dumps({"track": track, "name": name, "start_s": start_s, "end_s": end_s, **facts})
             for track, name, start_s, end_s, facts in self.take()
         ]
-        with self._path.open("a") as file:
-            file.write("\n".join(lines) + "\n")
+        try:
+            with self._path.open("a") as file:
+                file.write("\n".join(lines) + "\n")
+        except OSError as error:  # a run need not end for want of a picture
+            self._path, self.active = None, False
+            _log.warning("no more spans are recorded: %s", error)
 
     def close(self) -> None:
         """Write what was recorded, and record nothing more."""

@@ -14,7 +14,7 @@ import pytest
 from hpctrain.comm.channel import Channel
 from hpctrain.comm.engine import engine_of
 from hpctrain.errors import JobError, UnfitError
-from hpctrain.train.checkpoint import MANIFEST
+from hpctrain.train.checkpoint.manifest import MANIFEST
 from hpctrain.train.metrics import Metrics
 from hpctrain.train.run_folder import AlreadyFinishedError, RunFolder, open_run
 from hpctrain.train.run_lock import RunLock
