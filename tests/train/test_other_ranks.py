@@ -20,11 +20,11 @@ pytestmark = [pytest.mark.launch, pytest.mark.any_mpi]
 
 SAMPLES, BATCH, SEED = 23, 10, 4
 STEPS = 23
-"""So that all samples are read equally often; the run is cut inside an epoch."""
+"""So that all samples are computed equally often; the run is cut inside an epoch."""
 CUT = 5
 
 MODULE = """
-import os, pathlib
+import os
 import torch
 from torch import nn
 
@@ -40,15 +40,16 @@ class Points:
         return len(self.x)
 
     def __getitem__(self, index):
-        if "RECORD" in os.environ:
-            with open(f"{os.environ['RECORD']}-{os.getpid()}", "a") as file:
-                file.write(f"{index}\\n")
-        return self.x[index], self.x[index].sum().sin()[None]
+        return self.x[index], self.x[index].sum().sin()[None], index
 
 train_data = Points
 
 def loss(model, batch):
-    return (model(batch[0]) - batch[1]).square().mean()
+    x, y, indices = batch
+    if "RECORD" in os.environ:
+        with open(f"{os.environ['RECORD']}-{os.getpid()}", "a") as file:
+            file.writelines(f"{index}\\n" for index in indices.tolist())
+    return (model(x) - y).square().mean()
 """
 KEYS = f"""
 seed = {SEED}
@@ -82,8 +83,8 @@ def losses(run: Path) -> list[float]:
     return [line["loss"] for line in lines if "loss" in line]
 
 
-def read(folder: Path, *names: str) -> Counter[int]:
-    """How often each sample was read in launches."""
+def computed(folder: Path, *names: str) -> Counter[int]:
+    """How often each sample was computed in launches."""
     files = [path for name in names for path in folder.glob(f"{name}-*")]
     return Counter(int(line) for file in files for line in file.read_text().split())
 
@@ -109,6 +110,6 @@ def test_goes_on_on_other_ranks(launch: Launch, cut: Path, ranks: int) -> None:
     assert ("checkpoint is of 2 ranks" in ended.err) == (ranks != 2)
     assert losses(launch.folder / "cut") == pytest.approx(plain_losses(), rel=1e-10)
     whole, left = divmod(CUT * BATCH, SAMPLES)
-    first = read(launch.folder, "first")
+    first = computed(launch.folder, "first")
     assert sorted(first.values()) == [whole] * (SAMPLES - left) + [whole + 1] * left
-    assert read(launch.folder, "first", "second") == dict.fromkeys(range(SAMPLES), BATCH)
+    assert computed(launch.folder, "first", "second") == dict.fromkeys(range(SAMPLES), BATCH)
