@@ -216,18 +216,16 @@ class Saver:
             making.shared = {key: moved(value, _HOST) for key, value in {**shared, **held}.items()}
             making.own = moved(own, _HOST)
             return
-        copies = self._copies
-        for key, value in shared.items():
-            making.shared[key] = copies.of(key, value, is_dense=key == "model")
-        making.own = copies.of("own", own)
-        for key, value in held.items():
-            making.shared[key] = copies.of(key, value, may_wait=not updates_in_forward)
-        if optimizer and copies.is_unfinished:
+        if optimizer and not updates_in_forward and _is_on_host(optimizer):
+            making.held, held = held, {}
             wait = self._wait_for_copy(making)
             making.hooks = [
                 optimizer.register_step_pre_hook(wait),
                 optimizer.register_load_state_dict_pre_hook(wait),
             ]
+        for key, value in {**shared, **held}.items():
+            making.shared[key] = self._copies.of(key, value, is_dense=key == "model")
+        making.own = self._copies.of("own", own)
 
     def _wait_for_copy(self, making: Making) -> Callable[..., None]:
         """What the optimizer calls before it changes its state."""
@@ -266,3 +264,8 @@ class Saver:
             fix="free space or make the folder writable, then run the job again: it resumes",
             everywhere=True,
         )
+
+
+def _is_on_host(optimizer: torch.optim.Optimizer) -> bool:
+    groups = optimizer.param_groups
+    return all(parameter.device.type == "cpu" for group in groups for parameter in group["params"])

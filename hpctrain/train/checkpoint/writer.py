@@ -59,6 +59,8 @@ class Making:
     copies: Copies
     shared: dict[str, Any] = field(default_factory=dict)
     own: Any = None
+    held: dict[str, Any] = field(default_factory=dict)
+    """More that is shared, which the program leaves as it is until it is copied."""
     begun_s: float = field(default_factory=now_s)
     thread: threading.Thread | None = None
     stall_s: float = 0.0
@@ -130,6 +132,8 @@ class Writer:
         try:
             if not making.part.failure:
                 with self._span("copy", making):
+                    for key, value in making.held.items():
+                        making.shared[key] = making.copies.of(key, value, alone=True)
                     making.copies.finish()
                 making.copied.set()
                 with self._span("write", making):
@@ -137,7 +141,7 @@ class Writer:
         except Exception as error:
             making.fail(f"{type(error).__name__}: {error}")
         finally:
-            making.shared, making.own = {}, None
+            making.shared, making.held, making.own = {}, {}, None
             making.copied.set()
             if self._rank and making.thread:
                 self._leave_receipt(making)

@@ -49,11 +49,11 @@ def bits(tensor: torch.Tensor) -> bytes:
     return dense.view(torch.uint8).numpy().tobytes()
 
 
-def stored(folder: Path, state: dict[str, Any], copied: bool) -> dict[str, Any]:
+def stored(folder: Path, state: dict[str, Any], copied: str) -> dict[str, Any]:
     """A model's state after a checkpoint."""
     if copied:
         copies = Copies()
-        state = copies.of("model", state, is_dense=True)
+        state = copies.of("model", state, is_dense="dense" in copied, alone="alone" in copied)
         copies.finish()
     folder.mkdir(exist_ok=True)
     files = format.write_shared(folder, {"model": state})
@@ -63,17 +63,17 @@ def stored(folder: Path, state: dict[str, Any], copied: bool) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("copied", ["", "dense", "alone", "dense alone"])
 @pytest.mark.parametrize("name", TENSORS)
-def test_tensor_comes_back_bit_for_bit(tmp_path: Path, name: str, copied: bool) -> None:
+def test_tensor_comes_back_bit_for_bit(tmp_path: Path, name: str, copied: str) -> None:
     value = TENSORS[name]
     found = stored(tmp_path, {name: value, "other": BASE}, copied)
     assert found[name].dtype == value.dtype and found[name].shape == value.shape
     assert bits(found[name]) == bits(value)
 
 
-@pytest.mark.parametrize("copied", [False, True])
-def test_all_of_a_state_with_its_order_and_versions(tmp_path: Path, copied: bool) -> None:
+@pytest.mark.parametrize("copied", ["", "dense", "alone"])
+def test_all_of_a_state_with_its_order_and_versions(tmp_path: Path, copied: str) -> None:
     state: OrderedDict[str, Any] = OrderedDict(TENSORS)
     state["_extra_state"] = {"counts": [1, 2], "text": "x"}
     state["__metadata__"] = torch.ones(2)
@@ -96,8 +96,8 @@ class Tied(nn.Module):
         self.last.weight = self.first.weight
 
 
-@pytest.mark.parametrize("copied", [False, True])
-def test_other_tools_load_a_model_with_tied_weights(tmp_path: Path, copied: bool) -> None:
+@pytest.mark.parametrize("copied", ["", "dense", "alone"])
+def test_other_tools_load_a_model_with_tied_weights(tmp_path: Path, copied: str) -> None:
     model, other = Tied(), Tied()
     stored(tmp_path, model.state_dict(), copied)
     other.load_state_dict(load_file(tmp_path / manifest.MODEL))
@@ -110,7 +110,7 @@ def test_other_tools_load_a_model_with_tied_weights(tmp_path: Path, copied: bool
 
 
 def test_model_that_has_nothing(tmp_path: Path) -> None:
-    assert stored(tmp_path, {}, copied=True) == {}
+    assert stored(tmp_path, {}, "dense") == {}
 
 
 def test_tied_tensors_are_copied_once() -> None:
@@ -130,13 +130,12 @@ def test_memory_of_copies_is_used_again_where_it_fits() -> None:
     assert len(copies.of("x", [torch.ones(3)])) == 1
 
 
-def test_copies_hold_nothing_that_the_program_holds() -> None:
+@pytest.mark.parametrize("alone", [False, True])
+def test_copies_hold_nothing_that_the_program_holds(alone: bool) -> None:
     inner = {"list": [1], "set": {2}, "tensors": (torch.zeros(2), torch.zeros(2, 2).t())}
     copies = Copies()
-    copied = copies.of("x", inner, may_wait=True)
-    assert copies.is_unfinished
+    copied = copies.of("x", inner, alone=alone)
     copies.finish()
-    assert not copies.is_unfinished
     inner["list"].append(3)  # type: ignore[attr-defined]
     inner["set"].add(3)  # type: ignore[attr-defined]
     inner["tensors"][0].add_(1)  # type: ignore[index]

@@ -178,7 +178,7 @@ def test_steps_that_are_taken_in_the_forward_find_everything_copied(tmp_path: Pa
     train(model, optimizer, 1)
     made = saver(alone(), tmp_path, asynchronous=True)
     made.save(1, {"model": model.state_dict()}, {}, {}, optimizer, updates_in_forward=True)
-    assert not made._copies.is_unfinished
+    assert made._making and not made._making.held
     assert not optimizer._optimizer_step_pre_hooks
     made.finish()
 
