@@ -288,6 +288,7 @@ def test_failed_write_is_told_on_all_ranks_and_harms_nothing(
     made = trainer(world, shared_folder, settings())
     made.step()
     made.save()
+    made.finish_saving()
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
