@@ -42,6 +42,7 @@ COLORS = {
     "optimizer": "#228833",
     "evaluate": "#aa3377",
     "save": "#ccbb44",
+    "wait for the copy": "#ccbb44",
 }
 WIRE_COLORS = ("#ccbb44", "#aa9922")
 STEP_PHASES = ("data", "forward", "backward", "optimizer")

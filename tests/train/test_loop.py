@@ -328,6 +328,31 @@ def test_run_whose_folder_vanishes_ends_with_the_reason(
     made.opened.release()
 
 
+def test_whoever_interrupts_a_write_is_told(
+    world: World, shared_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import os
+    import threading
+
+    made = trainer(world, shared_folder, settings())
+    made.step()
+    made.save()
+    made.finish_saving()
+    made.step()
+    opened, sync = threading.Event(), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (opened.wait(30), sync(file)))
+    monkeypatch.setattr("hpctrain.train.loop.INTERRUPTED_S", 0.05)
+    monkeypatch.setattr("hpctrain.train.loop.LAST_WRITE_S", 0.05)
+    made.save()
+    text = made._farewell()
+    assert "newest checkpoint is step 1; that of step 2 was still being written: start" in text
+    world.comm.Barrier()
+    opened.set()
+    made.finish_saving()
+    assert "newest checkpoint is step 2: start" in made._farewell()
+    killed(made)
+
+
 def test_metrics_tell_what_checkpoints_cost(world: World, shared_folder: Path) -> None:
     made = trainer(world, shared_folder, settings())
     made.run()

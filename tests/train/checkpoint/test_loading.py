@@ -369,7 +369,7 @@ def test_any_damage_is_found(mutation: tuple[str, str, Any]) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=2000, deadline=None, suppress_health_check=_QUIET)
+@settings(max_examples=500, deadline=None, suppress_health_check=_QUIET)
 @given(MUTATIONS)
 def test_any_damage_is_found_whatever_it_is(mutation: tuple[str, str, Any]) -> None:
     check_reader(mutation)
