@@ -10,6 +10,7 @@ from __future__ import annotations
 import secrets
 import shutil
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,10 +65,9 @@ class Saver:
     ) -> None:
         self._channel = channel
         self._folder = folder
-        self._is_asynchronous = config.asynchronous
         self._trace = trace
-        self._writer = Writer(channel.rank, channel.size, folder, config, trace)
-        self._copies = Copies()
+        self._config = config
+        self._take_on_writer()
         self._token = broadcast(channel, secrets.token_hex(4), label="checkpoints")
         self._gone_back_from = frozenset(
             n for n in complete_names(folder) if step_of(n) > resumed_at
@@ -114,6 +114,7 @@ class Saver:
             reads_back=self._reads_back,
             gone_back_from=self._gone_back_from,
             copies=self._copies,
+            on_thread=self._config.asynchronous,
         )
         if self._channel.rank:
             shared, optimizer = {}, None
@@ -121,11 +122,11 @@ class Saver:
             self._take(making, shared, own, optimizer, updates_in_forward)
         except Exception as error:
             making.fail(f"{type(error).__name__}: {error}")
-        if not self._is_asynchronous:
+        if not self._config.asynchronous:
             self._writer.write(making)
             return self.finish()
-        self._writer.start(making)
         making.stall_s = now_s() - called_s
+        self._writer.start(making)
         return before
 
     def finish(self) -> Saved | None:
@@ -147,7 +148,7 @@ class Saver:
         making.known.set()
         last = ""
         if channel.rank == 0:
-            if making.thread is None:
+            if not making.on_thread:
                 self._writer.complete(making)
             making.over.wait()
             if making.outcome.failure:
@@ -160,7 +161,7 @@ class Saver:
         self._reads_back = False
         self._gone_back_from = frozenset()
         written_s = (making.ended_s or now_s()) - making.begun_s
-        return Saved(making.step, making.stall_s if making.thread else written_s, written_s)
+        return Saved(making.step, making.stall_s if making.on_thread else written_s, written_s)
 
     def wait(self, longest_s: float) -> bool:
         """Wait for the checkpoint in the making, but not for other ranks' main threads.
@@ -193,9 +194,15 @@ class Saver:
         if not self.wait(longest_s):
             making.everyone = [Part(failure="given up")]
             making.known.set()
-            if not making.over.wait(longest_s):
-                self._copies = Copies()  # the thread still reads from the old ones
+            if not making.over.wait(longest_s):  # its thread has still to do with it
+                self._take_on_writer()
         self._forget(making)
+
+    def _take_on_writer(self) -> None:
+        channel = self._channel
+        self._writer = Writer(channel.rank, channel.size, self._folder, self._config, self._trace)
+        self._copies = Copies()
+        weakref.finalize(self, self._writer.stop).atexit = False
 
     def _forget(self, making: Making) -> None:
         for hook in making.hooks:
@@ -212,7 +219,7 @@ class Saver:
     ) -> None:
         """Copy what the program may change before it is written."""
         held = {"optimizer": optimizer.state_dict()} if optimizer else {}
-        if not self._is_asynchronous:
+        if not self._config.asynchronous:
             making.shared = {key: moved(value, _HOST) for key, value in {**shared, **held}.items()}
             making.own = moved(own, _HOST)
             return

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from hpctrain.trace import CHECKPOINT, Trace, now_s
@@ -62,7 +63,7 @@ class Making:
     held: dict[str, Any] = field(default_factory=dict)
     """More that is shared, which the program leaves as it is until it is copied."""
     begun_s: float = field(default_factory=now_s)
-    thread: threading.Thread | None = None
+    on_thread: bool = False
     stall_s: float = 0.0
     hooks: list[Any] = field(default_factory=list)
 
@@ -87,7 +88,7 @@ class Making:
 
     def say(self, failure: str) -> None:
         """Tell of a failure at once: it is raised later."""
-        if self.thread:
+        if self.on_thread:
             _log.error(
                 "the checkpoint of step %d could not be written: %s; the next save ends the run",
                 *(self.step, failure),
@@ -95,7 +96,7 @@ class Making:
 
 
 class Writer:
-    """Writes checkpoints of a run, one after another, each on a thread of its own.
+    """Writes checkpoints of a run, one after another, on a thread that waits for them.
 
     Args:
         rank: of those that write together.
@@ -112,20 +113,26 @@ class Writer:
         self._folder = folder
         self._config = config
         self._trace = trace
+        self._begun: SimpleQueue[Making | None] = SimpleQueue()
+        if config.asynchronous:  # now, since it takes long where cores are busy
+            threading.Thread(target=self._run, name="hpctrain-checkpoint", daemon=True).start()
 
     def start(self, making: Making) -> None:
-        """Write, and publish, on a thread."""
-        making.thread = threading.Thread(
-            target=self._run, args=(making,), name="hpctrain-checkpoint", daemon=True
-        )
-        making.thread.start()
+        """Write, and publish, on the thread."""
+        self._begun.put(making)
 
-    def _run(self, making: Making) -> None:
-        self.write(making)
-        if self._rank == 0:
-            self.complete(making)
-        making.ended_s = now_s()
-        making.over.set()
+    def stop(self) -> None:
+        """Have the thread end when it has nothing to write."""
+        self._begun.put(None)
+
+    def _run(self) -> None:
+        while (making := self._begun.get()) is not None:
+            self.write(making)
+            if self._rank == 0:
+                self.complete(making)
+            making.ended_s = now_s()
+            making.over.set()
+            del making  # with the copies in it
 
     def write(self, making: Making) -> None:
         """Write this rank's files."""
@@ -143,7 +150,7 @@ class Writer:
         finally:
             making.shared, making.held, making.own = {}, {}, None
             making.copied.set()
-            if self._rank and making.thread:
+            if self._rank and making.on_thread:
                 self._leave_receipt(making)
             making.written.set()
 
