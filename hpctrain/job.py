@@ -39,7 +39,7 @@ from hpctrain.grad.coded.config import CodedConfig
 from hpctrain.grad.config import ExchangeConfig
 from hpctrain.stop import StopRequest
 from hpctrain.submit.config import SubmitConfig
-from hpctrain.train.checkpoint import CheckpointConfig
+from hpctrain.train.checkpoint.config import CheckpointConfig
 from hpctrain.train.checks import model_mistake
 from hpctrain.train.coded_loop import CodedTrainer
 from hpctrain.train.inject import InjectConfig

@@ -43,11 +43,18 @@ COLORS = {
     "optimizer": "#228833",
     "evaluate": "#aa3377",
     "save": "#ccbb44",
+    "wait for the copy": "#ccbb44",
 }
 WIRE_COLORS = ("#ccbb44", "#aa9922")
 STEP_PHASES = ("data", "forward", "backward", "optimizer")
 SHOWN_STEPS = 3
-THREADS = {trace.COMPUTE: 0, trace.WIRE: 100, trace.DATA_BLOCKS: 200, trace.CODED: 300}
+THREADS = {
+    trace.COMPUTE: 0,
+    trace.WIRE: 100,
+    trace.DATA_BLOCKS: 200,
+    trace.CODED: 300,
+    trace.CHECKPOINT: 500,
+}
 """Where the threads of each track begin, in timeline.json."""
 
 

@@ -7,6 +7,7 @@ brings the files of all ranks onto one clock: time on rank 0 = own time + offset
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from typing import Any
 from hpctrain.files import open_in_place
 
 now_s = time.perf_counter
+_log = logging.getLogger("hpctrain")
 
 LARGEST = 1e12
 """Of numbers in a trace that are taken for such: in seconds, some 30,000 years."""
@@ -27,6 +29,8 @@ DATA_BLOCKS = "data blocks"
 """Track of data blocks that a rank computed, in the coded mode."""
 CODED = "coded"
 """Track of steps as the root sees them, in the coded mode."""
+CHECKPOINT = "checkpoint"
+"""Track of the thread that writes checkpoints."""
 
 
 class Trace:
@@ -84,8 +88,12 @@ class Trace:
             json.dumps({"track": track, "name": name, "start_s": start_s, "end_s": end_s, **facts})
             for track, name, start_s, end_s, facts in self.take()
         ]
-        with open_in_place(self._path, "a") as file:
-            file.write("\n".join(lines) + "\n")
+        try:
+            with open_in_place(self._path, "a") as file:
+                file.write("\n".join(lines) + "\n")
+        except OSError as error:  # a run need not end for want of a picture
+            self._path, self.active = None, False
+            _log.warning("no more spans are recorded: %s", error)
 
     def close(self) -> None:
         """Write what was recorded, and record nothing more."""

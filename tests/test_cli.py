@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from hpctrain import __version__, cli
 
@@ -43,8 +44,7 @@ def losses(run: Path) -> list[float]:
 
 def final_state(run: Path) -> dict[str, torch.Tensor]:
     newest = sorted((run / "checkpoints").iterdir())[-1]
-    state: dict[str, torch.Tensor] = torch.load(newest / "model.pt", weights_only=True)
-    return state
+    return load_file(newest / "model.safetensors")
 
 
 def validation(run: Path) -> dict[str, float]:
@@ -73,7 +73,8 @@ def test_digits_reach_their_accuracy_and_leave_a_whole_run_folder(launch: Launch
         *("run.json", "metrics.jsonl", "timeline.json", "report.html"),
         *("logs/rank-00000.log", "logs/rank-00001.log"),
         *("trace/rank-00000.jsonl", "trace/rank-00001.jsonl"),
-        *(f"checkpoints/step-000000400/{n}" for n in ("manifest.json", "model.pt", "optimizer.pt")),
+        *(f"checkpoints/step-000000400/{n}" for n in ("manifest.json", "optimizer.pt")),
+        *("checkpoints/step-000000400/model.safetensors", "checkpoints/latest"),
     } <= names
     page = (run / "report.html").read_text()
     images = re.findall(r'src="data:image/png;base64,([^"]+)"', page)

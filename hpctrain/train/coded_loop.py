@@ -16,13 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from hpctrain.comm.channel import Channel
 from hpctrain.comm.collect import broadcast
 from hpctrain.data.batches import is_indexed, split_evenly, subset_sizes
-from hpctrain.errors import HpctrainError, JobError
+from hpctrain.errors import CheckpointError, HpctrainError, JobError
 from hpctrain.grad.coded.config import Hands, LostError
 from hpctrain.grad.coded.exchange import Coded
 from hpctrain.trace import now_s
-from hpctrain.train import checkpoint
+from hpctrain.train.checkpoint.manifest import step_of
+from hpctrain.train.checkpoint.store import complete_names
 from hpctrain.train.checks import loss_mistake
 from hpctrain.train.device import moved
 from hpctrain.train.loop import Trainer
@@ -104,13 +106,15 @@ class CodedTrainer(Trainer):
             seed=settings.seed,
             block_bytes=settings.exchange.block_bytes,
         )
-        self._alone = self.coded.engine.alone("checkpoints")
         self._exactness = Exactness()
         self._launch = broadcast(self.control, secrets.token_hex(4), label="launch")
         samples = self.coded.samples
         self._firsts = [sum(samples[:block]) for block in range(len(samples))]
         if self.world.is_root:
             self.console.say(f"coded: {self.coded.summary}")
+
+    def _saving_channel(self) -> Channel:
+        return self.coded.engine.alone("checkpoints")
 
     def run(self) -> dict[str, float]:
         """Train to the last step, evaluate, save. Returns the last evaluation's figures.
@@ -122,6 +126,10 @@ class CodedTrainer(Trainer):
         except LostError as error:
             self._rescue()
             fail(self.world, error, error.__traceback__)
+            raise
+        except CheckpointError as error:
+            if self.world.size > 1:  # rank 0 is alone with it, and the others would wait for it
+                fail(self.world, error, error.__traceback__)
             raise
 
     def _run(self) -> dict[str, float]:
@@ -220,9 +228,9 @@ class CodedTrainer(Trainer):
         return self._tell({name: value / len(data) for name, value in sums.items()})
 
     def save(self) -> None:
-        """Write a checkpoint, on rank 0 alone. The first one of a launch is read back at once."""
+        """Begin a checkpoint, on rank 0 alone."""
         if self.world.is_root:
-            self._write(self._alone, self.coded.state_dict(), {})
+            self._write(self.coded.state_dict(), {})
 
     def _say_hello(self) -> None:
         if self.world.is_root:
@@ -289,6 +297,7 @@ class CodedTrainer(Trainer):
 
     def _rescue(self) -> None:
         """Save the last step that is whole, on the first rank that comes to it."""
+        self._saver.let_go(RESCUED_S)
         claim = self.run_folder.path / f"{CLAIM}{self._launch}"
         saved = claim.with_suffix(".done")
         try:  # a full disk is told, and no more: why the run ends is what counts
@@ -304,9 +313,10 @@ class CodedTrainer(Trainer):
 
     def _save_if_newer(self) -> None:
         """This rank may have fallen behind, and what it saves would replace later steps."""
-        names = checkpoint.complete_names(self.run_folder.checkpoints)
-        if not names or checkpoint.step_of(names[0]) < self.step_number:
-            self._write(self._alone, self.coded.state_dict(), {})
+        names = complete_names(self.run_folder.checkpoints)
+        if not names or step_of(names[0]) < self.step_number:
+            self._write(self.coded.state_dict(), {})
+            self._saver.finish()
 
     def _part(self) -> str:
         """Wait until the run is over; whoever is late or dead is not waited for."""

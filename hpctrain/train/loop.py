@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import astuple, replace
+from dataclasses import asdict, astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,11 @@ from hpctrain.grad.blocks import Block, gradient_norm
 from hpctrain.grad.data_parallel import DataParallel
 from hpctrain.stop import StopRequest
 from hpctrain.trace import now_s
-from hpctrain.train import checkpoint, resume
+from hpctrain.train import resume
+from hpctrain.train.checkpoint.loading import load_newest
+from hpctrain.train.checkpoint.manifest import step_of
+from hpctrain.train.checkpoint.saver import Saved, Saver
+from hpctrain.train.checkpoint.store import complete_names
 from hpctrain.train.checks import (
     check_same_data,
     checked_metrics,
@@ -46,6 +50,10 @@ from hpctrain.world import World
 _log = logging.getLogger("hpctrain")
 
 HOST = torch.device("cpu")
+LAST_WRITE_S = 5.0
+"""How long a rank that ends the run by an error waits for the checkpoint in the making ..."""
+INTERRUPTED_S = 0.7
+"""... and one that is interrupted, as the launcher soon kills all ranks."""
 
 
 class Trainer:
@@ -127,10 +135,16 @@ class Trainer:
             self.opened.release()
             self._log.close()
             raise
+        self._saver = Saver(
+            self._saving_channel(),
+            self.run_folder.checkpoints,
+            settings.checkpoint,
+            world.trace,
+            self.step_number,
+        )
         self._started_at = self.step_number
         self.injection.strikes = self._started_at == 0
         self._loss_checked = False
-        self._read_back = True
         self._saved_at = -1
         self._stop = stop or StopRequest()
         self._stop_vote: Ticket | None = None
@@ -171,6 +185,10 @@ class Trainer:
                 )
             self.parallel.overlap_step(self.optimizer, self._check_block)
 
+    def _saving_channel(self) -> Channel:
+        """Of the ranks that write a checkpoint together."""
+        return self.control
+
     def run(self) -> dict[str, float]:
         """Train to the last step, evaluate, save. Returns the last evaluation's figures.
 
@@ -181,7 +199,11 @@ class Trainer:
                 by SIGTERM in a batch job.
         """
         with told_when_interrupted(self.world, self._farewell, self._stop), refused_exits():
-            return self._run()
+            try:
+                return self._run()
+            except Exception:
+                self._saver.wait(LAST_WRITE_S)
+                raise
 
     def _run(self) -> dict[str, float]:
         train, every = self.settings.train, self.settings.checkpoint.every
@@ -311,40 +333,50 @@ class Trainer:
         )
 
     def save(self) -> None:
-        """Write a checkpoint. The first one of a launch is read back at once."""
+        """Begin a checkpoint, which `finish_saving`, the next one or the end of the run waits for.
+
+        Raises:
+            CheckpointError: on all ranks, when the one before could not be written.
+        """
+        self.parallel.wait_for_gradients()
         own: dict[str, Any] = {"generators": generator_state()}
         if self.settings.exchange.buffers == "local":
-            own["buffers"] = moved(resume.local_buffers(self.parts.model), HOST)
-        self._write(self.control, self.parallel.exchange.state_dict(), own)
+            own["buffers"] = resume.local_buffers(self.parts.model)
+        self._write(self.parallel.exchange.state_dict(), own)
 
-    def _write(self, channel: Channel, exchange: dict[str, Any], own: dict[str, Any]) -> None:
-        """Write a checkpoint. Collective over the channel.
+    def _write(self, exchange: dict[str, Any], own: dict[str, Any]) -> None:
+        """Begin a checkpoint. Collective over the ranks that write together.
 
         Args:
-            channel: of the ranks that write.
             exchange: what the exchange of gradients wants to find again.
             own: state of this rank alone.
         """
         with self._phase("save"):
-            checkpoint.save(
-                channel,
-                self.run_folder.checkpoints,
+            saved = self._saver.save(
                 self.step_number,
-                shared={
-                    "model": moved(self.parts.model.state_dict(), HOST),
-                    "optimizer": moved(self.optimizer.state_dict(), HOST),
-                    "exchange": exchange,
-                },
+                shared={"model": self.parts.model.state_dict(), "exchange": exchange},
                 own=own,
                 facts={
                     "samples": self.step_number * self.settings.train.batch,
                     "optimizer": resume.optimizer_name(self.settings.optimizer),
                 },
-                keep=self.settings.checkpoint.keep,
-                read_back=self._read_back,
+                optimizer=self.optimizer,
+                updates_in_forward=self.settings.exchange.next_forward,
             )
-        self._read_back = False
         self._saved_at = self.step_number
+        self._record_saved(saved)
+
+    def finish_saving(self) -> None:
+        """Wait until the checkpoint in the making is written.
+
+        Raises:
+            CheckpointError: on all ranks, when it could not be.
+        """
+        self._record_saved(self._saver.finish())
+
+    def _record_saved(self, saved: Saved | None) -> None:
+        if saved and self._metrics:
+            self._metrics.write(self.step_number, checkpoint=asdict(saved))
 
     def show_sample(self) -> None:
         """Print what the job's `sample` makes of the trained model, on the root. Not collective."""
@@ -471,7 +503,7 @@ class Trainer:
 
     def _resume(self) -> None:
         """Continue from the run's newest checkpoint, if it has one."""
-        loaded = checkpoint.load_newest(self.control, self.run_folder.checkpoints)
+        loaded = load_newest(self.control, self.run_folder.checkpoints)
         if loaded is None:
             return
         state, manifest = loaded
@@ -528,15 +560,19 @@ class Trainer:
 
     def _farewell(self) -> str:
         """What an interrupted user should know."""
-        names = checkpoint.complete_names(self.run_folder.checkpoints)
+        lost = ""
+        if not self._saver.wait(INTERRUPTED_S if self.world.size > 1 else LAST_WRITE_S):
+            lost = f"; that of step {self._saved_at} was still being written"
+        names = complete_names(self.run_folder.checkpoints)
         if not names:
             return (
                 f"interrupted at step {self.step_number}; there is no checkpoint to continue from"
+                f"{lost}"
             )
         again = "without --fresh" if self._fresh else "again"
         return (
             f"interrupted at step {self.step_number}; newest checkpoint is step "
-            f"{checkpoint.step_of(names[0])}: start the same command {again} to continue"
+            f"{step_of(names[0])}{lost}: start the same command {again} to continue"
         )
 
     def _surroundings(self) -> dict[str, Any]:
@@ -621,6 +657,7 @@ class Trainer:
 
     def _close(self, is_finished: bool = True) -> None:
         self.world.position.phase = "closing"
+        self.finish_saving()
         self.console.finish()
         progress = self._part()
         self.world.trace.close()

@@ -26,7 +26,8 @@ from hpctrain.config import LONGEST_S, check, option
 from hpctrain.errors import ExitCode, HpctrainError, JobError, UnfitError
 from hpctrain.files import others_may_write, replace_text
 from hpctrain.records import read_facts
-from hpctrain.train.checkpoint import complete_names, step_of
+from hpctrain.train.checkpoint.manifest import step_of
+from hpctrain.train.checkpoint.store import complete_names
 from hpctrain.train.run_lock import RunLock, holder_of
 
 _SESSION = ("fingerprint", "ranks", "nodes", "mpi", "torch", "threads", "resumed_at", "seconds")

@@ -13,7 +13,7 @@ from hpctrain.config import check, option
 from hpctrain.data.batches import Collate, MapStyle
 from hpctrain.grad.coded.config import CodedConfig
 from hpctrain.grad.config import ExchangeConfig
-from hpctrain.train.checkpoint import CheckpointConfig
+from hpctrain.train.checkpoint.config import CheckpointConfig
 from hpctrain.train.device import DEVICES
 from hpctrain.train.inject import InjectConfig
 from hpctrain.train.optimizer import ScheduleConfig

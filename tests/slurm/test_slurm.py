@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from hpctrain.submit.launcher import family_of
 from hpctrain.world import library_name, load_mpi
@@ -40,8 +41,7 @@ ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "PREEMPTED", "NODE_FAIL"
 def parameters(run: Path) -> dict[str, torch.Tensor]:
     """Of the newest checkpoint."""
     newest = max(run.glob("checkpoints/step-*"))
-    state: dict[str, torch.Tensor] = torch.load(newest / "model.pt", weights_only=True)
-    return state
+    return load_file(newest / "model.safetensors")
 
 
 class Undisturbed:

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from hpctrain import CodedConfig, ExchangeConfig, World
 from hpctrain.comm.collect import barrier_on
 from hpctrain.data.generators import seed_generators
-from hpctrain.train.checkpoint import CheckpointConfig
+from hpctrain.train.checkpoint.config import CheckpointConfig
 from hpctrain.train.coded_loop import CodedTrainer
 from hpctrain.train.inject import InjectConfig
 from hpctrain.train.optimizer import ScheduleConfig
@@ -97,7 +98,7 @@ def checksum(folder: Path) -> str:
     step, path = newest(folder)
     assert step == STEPS
     found = hashlib.sha256()
-    for name, tensor in torch.load(path / "model.pt", weights_only=True).items():
+    for name, tensor in load_file(path / "model.safetensors").items():
         found.update(name.encode() + tensor.numpy().tobytes())
     return found.hexdigest()
 
@@ -301,9 +302,9 @@ def make(world: World, shared_folder: Path) -> Make:
 def finish(trainer: CodedTrainer) -> torch.Tensor:
     """Train to the end; all that is trained, of the last step."""
     trainer.run()
-    state = trainer.run_folder.checkpoints / f"step-{STEPS:09d}" / "model.pt"
+    state = trainer.run_folder.checkpoints / f"step-{STEPS:09d}" / "model.safetensors"
     barrier_on(trainer.control)
-    return torch.cat([v.flatten() for v in torch.load(state, weights_only=True).values()])
+    return torch.cat([v.flatten() for v in load_file(state).values()])
 
 
 @pytest.mark.mpi
@@ -327,6 +328,7 @@ def test_resumed_run_ends_with_the_bits_of_one_that_was_not_interrupted(
     while first.step_number < STEPS // 2:
         first.step()
     first.save()
+    first.finish_saving()
     first.opened.release()
     first.coded.end()
     barrier_on(first.control)
@@ -357,3 +359,33 @@ def test_metrics_tell_how_exact_gradients_were(make: Make, world: World, deadlin
         else:
             assert all(0 < line["covered"] <= 1 for line in steps)
             assert min(line["covered"] for line in steps) < 1 or world.size == 1
+
+
+@pytest.mark.mpi
+def test_rescue_does_not_fight_with_a_writer_at_work(
+    make: Make, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The root was saving when data was lost: both the older and the newer step are whole."""
+    trainer = make("run")
+    while trainer.step_number < 2:
+        trainer.step()
+    writing, sync = threading.Event(), os.fsync
+
+    def slow(descriptor: int) -> None:
+        assert writing.wait(LIMIT_S)
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    trainer.save()
+    while trainer.step_number < 3:
+        trainer.step()
+    threading.Timer(0.1, writing.set).start()
+    if world.is_root:
+        trainer._rescue()
+        folder = trainer.run_folder.checkpoints
+        assert {path.name for path in folder.iterdir()} == {
+            *("latest", "step-000000002", "step-000000003")
+        }
+    trainer.opened.release()
+    trainer.coded.end()
+    barrier_on(trainer.control)

@@ -17,7 +17,7 @@ from torch import nn
 from hpctrain import DataParallel, ExchangeConfig, World, job
 from hpctrain.data.generators import seed_generators
 from hpctrain.errors import ExitCode, JobError
-from hpctrain.train.checkpoint import CheckpointConfig
+from hpctrain.train.checkpoint.config import CheckpointConfig
 from hpctrain.train.inject import InjectConfig, Injection
 from hpctrain.train.loop import Trainer
 from hpctrain.train.optimizer import ScheduleConfig
@@ -405,6 +405,7 @@ def test_resumed_run_is_not_struck_again(make: Make, world: World) -> None:
     for _ in range(2):
         first.step()
     first.save()
+    first.finish_saving()
     first.opened.release()
     world.comm.Barrier()
     second = make("run", stall)

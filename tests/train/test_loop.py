@@ -19,7 +19,7 @@ from hpctrain.comm.collect import all_gather
 from hpctrain.comm.engine import engine_of
 from hpctrain.data.generators import seed_generators
 from hpctrain.errors import CheckpointError, JobError, TrainingError, UnfitError
-from hpctrain.train.checkpoint import CheckpointConfig
+from hpctrain.train.checkpoint.config import CheckpointConfig
 from hpctrain.train.loop import Trainer
 from hpctrain.train.optimizer import ScheduleConfig
 from hpctrain.train.run_folder import RunConfig
@@ -76,7 +76,8 @@ def trainer(
 
 
 def killed(made: Trainer) -> Trainer:
-    """What is left of a run that did not come to its end."""
+    """What is left of a run that did not come to its end, but to that of its last checkpoint."""
+    made.finish_saving()
     made.opened.release()
     made.world.comm.Barrier()
     return made
@@ -218,7 +219,7 @@ def test_next_forward_records_the_same_and_stops_at_bad_gradients(
         made.run()
         lines = made.run_folder.metrics.read_text().splitlines()
         world.comm.Barrier()
-        recorded.append([json.loads(line) for line in lines])
+        recorded.append([entry for entry in map(json.loads, lines) if "checkpoint" not in entry])
     for plain, ahead in zip(*recorded, strict=True):
         assert plain.get("loss") == ahead.get("loss")
         assert plain.get("gradient_norm") == pytest.approx(ahead.get("gradient_norm"), rel=1e-12)
@@ -275,7 +276,7 @@ def test_damaged_checkpoint_is_passed_over_on_all_ranks(world: World, shared_fol
     world.comm.Barrier()
     assert killed(trainer(world, shared_folder, config)).step_number == 4
     if world.rank == 0:
-        (older / "model.pt").write_bytes(b"")
+        (older / "model.safetensors").write_bytes(b"")
     world.comm.Barrier()
     with pytest.raises(CheckpointError, match="none of 2 checkpoints is intact"):
         trainer(world, shared_folder, config)
@@ -287,6 +288,7 @@ def test_failed_write_is_told_on_all_ranks_and_harms_nothing(
     made = trainer(world, shared_folder, settings())
     made.step()
     made.save()
+    made.finish_saving()
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -294,11 +296,73 @@ def test_failed_write_is_told_on_all_ranks_and_harms_nothing(
     made.step()
     if world.rank == world.size - 1:
         monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(CheckpointError, match="No space left"):
-        made.save()
+    made.save()
+    with pytest.raises(CheckpointError, match="the last good one is step-000000001") as told:
+        made.finish_saving()
+    assert f"rank {world.size - 1}: OSError" in str(told.value) or world.size == 1
     monkeypatch.undo()
     killed(made)
     assert trainer(world, shared_folder, settings()).step_number == 1
+
+
+def test_run_whose_folder_vanishes_ends_with_the_reason(
+    world: World, shared_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At the save after the one that fails; spans, which need the folder too, are given up."""
+    import shutil
+
+    made = trainer(world, shared_folder / "run", settings(steps=12))
+
+    def vanish(model: nn.Module, batch: Any) -> torch.Tensor:
+        if world.rank == 0 and made.step_number == 5:
+            made._saver.wait(30)
+            shutil.rmtree(made.run_folder.path, ignore_errors=True)
+        return loss(model, batch)
+
+    made.parts = replace(made.parts, loss=vanish)
+    with pytest.raises(CheckpointError, match="step 8 could not be written; there is no other"):
+        made.run()
+    assert made.step_number == 12
+    assert not made.run_folder.path.exists()
+    assert "no more spans are recorded" in caplog.text
+    made.opened.release()
+
+
+def test_whoever_interrupts_a_write_is_told(
+    world: World, shared_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import os
+    import threading
+
+    made = trainer(world, shared_folder, settings())
+    made.step()
+    made.save()
+    made.finish_saving()
+    made.step()
+    opened, sync = threading.Event(), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (opened.wait(30), sync(file)))
+    monkeypatch.setattr("hpctrain.train.loop.INTERRUPTED_S", 0.05)
+    monkeypatch.setattr("hpctrain.train.loop.LAST_WRITE_S", 0.05)
+    made.save()
+    text = made._farewell()
+    assert "newest checkpoint is step 1; that of step 2 was still being written: start" in text
+    world.comm.Barrier()
+    opened.set()
+    made.finish_saving()
+    assert "newest checkpoint is step 2: start" in made._farewell()
+    killed(made)
+
+
+def test_metrics_tell_what_checkpoints_cost(world: World, shared_folder: Path) -> None:
+    made = trainer(world, shared_folder, settings())
+    made.run()
+    world.comm.Barrier()  # of rank 0, which closes the file last
+    lines = made.run_folder.metrics.read_text().splitlines()
+    world.comm.Barrier()
+    told = [line for line in map(json.loads, lines) if "checkpoint" in line]
+    assert [line["checkpoint"]["step"] for line in told] == [4, 8]
+    assert all(line["checkpoint"]["stall_s"] > 0 for line in told)
+    assert all(line["checkpoint"]["written_s"] > 0 for line in told)
 
 
 def test_evaluation_weights_every_sample_equally(world: World, shared_folder: Path) -> None:

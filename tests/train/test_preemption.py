@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from hpctrain.world import World
 
@@ -60,8 +61,7 @@ REQUEUE = 75
 
 def parameters(run: Path) -> dict[str, torch.Tensor]:
     (newest,) = sorted(run.glob("checkpoints/step-*"))[-1:]
-    state: dict[str, torch.Tensor] = torch.load(newest / "model.pt", weights_only=True)
-    return state
+    return load_file(newest / "model.safetensors")
 
 
 class Undisturbed:

@@ -16,7 +16,7 @@ from hpctrain.comm.channel import Channel
 from hpctrain.comm.engine import engine_of
 from hpctrain.errors import JobError, UnfitError
 from hpctrain.trace import Trace
-from hpctrain.train.checkpoint import MANIFEST
+from hpctrain.train.checkpoint.manifest import MANIFEST
 from hpctrain.train.console import Console, RankLog
 from hpctrain.train.metrics import Metrics
 from hpctrain.train.run_folder import AlreadyFinishedError, RunFolder, files_of, open_run

@@ -1,0 +1,59 @@
+"""Reading the newest checkpoint that is good, on all ranks."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from hpctrain.comm.channel import Channel
+from hpctrain.comm.collect import all_gather, broadcast
+from hpctrain.train.checkpoint.format import UnreadableError, read_state
+from hpctrain.train.checkpoint.manifest import own_name, read_manifest
+from hpctrain.train.checkpoint.store import complete_names, tidy
+
+_log = logging.getLogger("hpctrain")
+
+
+def load_newest(channel: Channel, folder: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """Read the newest checkpoint that is intact on all ranks. Collective.
+
+    Clears away what a kill left: nobody may be writing there.
+
+    Returns:
+        The state, one key a file, with this rank's own under ``own`` (None when the checkpoint
+        was written by another number of ranks), and the manifest; or None if there is none.
+
+    Raises:
+        UnreadableError: there are checkpoints, but none is intact.
+    """
+    if channel.rank == 0:
+        try:
+            tidy(folder)
+        except OSError as error:
+            _log.warning("%s cannot be tidied up: %s", folder, error)
+    names = broadcast(channel, complete_names(folder), label="checkpoint")
+    for name in names:
+        found, failure, manifest = None, None, {}
+        try:
+            manifest = read_manifest(folder / name)
+            own = own_name(channel.rank) if manifest["ranks"] == channel.size else None
+            found = read_state(folder / name, manifest, own)
+        except Exception as error:
+            failure = f"{type(error).__name__}: {error}"
+        everyone = all_gather(channel, (failure, manifest), label="checkpoint read")
+        bad = [f"rank {rank}: {text}" for rank, (text, _) in enumerate(everyone) if text]
+        if not bad and any(other != manifest for _, other in everyone):
+            bad = ["ranks read different manifests"]
+        if not bad and found is not None:
+            return found, manifest
+        if channel.rank == 0:
+            _log.warning("checkpoint %s is damaged and passed over: %s", folder / name, bad[0])
+    if names:
+        raise UnreadableError(
+            f"none of {len(names)} checkpoints is intact",
+            where=str(folder),
+            fix="choose another --run-dir, or restore this one from a copy",
+            everywhere=True,
+        )
+    return None
