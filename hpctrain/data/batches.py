@@ -8,6 +8,7 @@ ranks continues with the right sample.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
@@ -93,6 +94,8 @@ class Batches:
         rank: this rank.
         size: number of ranks.
         collate: makes a batch of a list of samples; torch's default for None.
+        may_repeat: whether the last step may be asked for again, on other ranks: samples of an
+            iterable are then kept for as long.
 
     Raises:
         JobError: the data set is empty or is neither map-style nor iterable.
@@ -109,18 +112,17 @@ class Batches:
         rank: int = 0,
         size: int = 1,
         collate: Collate | None = None,
+        may_repeat: bool = False,
     ) -> None:
         self._batch = batch
         self._micro_batch = micro_batch
         self._collate = collate or default_collate
-        self._sizes = split_evenly(batch, size)
-        self._first = sum(self._sizes[:rank])
-        self._rank = rank
+        self.deal(rank, size)
         self._source: _Indexed | _Streamed
         if is_indexed(data):
             self._source = _Indexed(cast(MapStyle, data), seed, shuffle)
         elif isinstance(data, Iterable):
-            self._source = _Streamed(data, seed)
+            self._source = _Streamed(data, seed, batch if may_repeat else 0)
         else:
             raise JobError(
                 "the training data can be neither indexed nor iterated",
@@ -129,6 +131,12 @@ class Batches:
                 where=_PLACE,
                 everywhere=True,
             )
+
+    def deal(self, rank: int, size: int) -> None:
+        """Be the part of this rank among so many, from the next share on."""
+        self._sizes = split_evenly(self._batch, size)
+        self._first = sum(self._sizes[:rank])
+        self._rank = rank
 
     def share(self, step: int) -> Share:
         """This rank's part of step `step`, counted from 0. Reads nothing yet."""
@@ -177,33 +185,40 @@ class _Indexed:
 
 
 class _Streamed:
-    """Samples in the order in which an iterable gives them; started again at its end."""
+    """Samples in the order in which an iterable gives them; started again at its end.
 
-    def __init__(self, data: Iterable[Any], seed: int) -> None:
+    The last `kept` of them can be read again.
+    """
+
+    def __init__(self, data: Iterable[Any], seed: int, kept: int = 0) -> None:
         self._data = data
         self._seed = seed
+        self._kept: deque[Any] = deque(maxlen=kept)
         self._start()
 
     def read(self, position: int, count: int) -> list[Any]:
-        if position < self._position:
+        if position < self._position - len(self._kept):
             if self._stream is self._data:
                 raise TrainingError("an iterator cannot be read back", value=position)
             self._start()
+        again = list(self._kept)[len(self._kept) - max(0, self._position - position) :][:count]
         with self._generators:
             while self._position < position:
                 self._next()
-            return [self._next() for _ in range(count)]
+            return again + [self._next() for _ in range(count - len(again))]
 
     def _start(self) -> None:
         self._generators = OwnGenerators(self._seed)
         with self._generators:
             self._stream = iter(self._data)
         self._position = 0
+        self._kept.clear()
 
     def _next(self) -> Any:
         for _ in range(2):
             for sample in self._stream:
                 self._position += 1
+                self._kept.append(sample)
                 return sample
             self._stream = iter(self._data)
         if self._position == 0:
