@@ -306,17 +306,17 @@ def _report(chosen: argparse.Namespace) -> int:
 
 
 def _say_once(error: HpctrainError) -> None:
-    """Show an error that every rank has met, from rank 0; from another if it is alone with it.
+    """Show an error that every rank has met, from the first; from another if it is alone with it.
 
     Ranks that all end do so at once. One that is alone waits for the others at the exit, until
     they are ended because it has left: it speaks before that.
     """
-    from hpctrain.world import current, launched_rank
+    from hpctrain.world import current, launched_rank, speaker_of
 
     world = current()
     rank = world.rank if world else launched_rank(os.environ)
     text = f"hpctrain: {error}\n"
-    if rank == 0:
+    if rank == (speaker_of(world, error) if world else 0):
         sys.stderr.write(text)
         sys.stderr.flush()
     elif world:

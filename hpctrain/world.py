@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hpctrain.errors import ExitCode, HpctrainError, UnfitError
+from hpctrain.errors import ExitCode, HpctrainError, RankDiedError, UnfitError
 from hpctrain.latecomers import told_when_late
 from hpctrain.launched import launched_rank as launched_rank
 from hpctrain.launched import launched_size as launched_size
@@ -436,7 +436,7 @@ def _install_abort_hook(world: World) -> None:
 def fail(world: World, error: BaseException, trace: TracebackType | None = None) -> None:
     """Show this rank's failure in one write, so that ranks do not mix, and end all ranks.
 
-    An error that every rank is expected to raise is shown by rank 0, which ends the others
+    An error that every rank is expected to raise is shown by the first one, which ends the others
     with itself; a rank that is still alive after `RANK_0_SPEAKS_S` was alone with it.
     """
     code = ExitCode.CRASH
@@ -446,13 +446,19 @@ def fail(world: World, error: BaseException, trace: TracebackType | None = None)
     _log.error("failed at %s: %s", world.position, line, extra={"shown": True})
     if isinstance(error, HpctrainError) and error.everywhere:
         text = f"hpctrain: {error}\n"
-        if world.rank > 0:
+        if world.rank != speaker_of(world, error):
             time.sleep(RANK_0_SPEAKS_S)
             text = f"hpctrain: {world.name_of(world.rank)}: {error}\n"
         _write(text)
     else:
         _write(describe_failure(world, error, trace))
     world.abort(code)
+
+
+def speaker_of(world: World, error: BaseException) -> int:
+    """The rank that tells an error which all meet: the first one that lives."""
+    dead = error.ranks if isinstance(error, RankDiedError) else ()
+    return next(rank for rank in range(world.size) if rank not in dead)
 
 
 def _write(text: str) -> None:

@@ -48,6 +48,7 @@ def end():
     open(f"end-{RANK}", "w").write(hashlib.sha256(state.numpy().tobytes()).hexdigest())
 
 def train_data():
+    die("setup", 0)
     return list(torch.randn(60, 3, generator=torch.Generator().manual_seed(0)))
 
 validation_data = train_data

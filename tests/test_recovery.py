@@ -162,6 +162,14 @@ def test_too_few_are_left(launch: Launch) -> None:
     assert "resumed at step 3" in again.err
 
 
+def test_a_death_before_training_is_told_once(launch: Launch) -> None:
+    launch.job(MODULE, KEYS, name="job")
+    ended = launch(3, *RUN, options=LET_LIVE, DIE="setup 0 0")
+    assert ended.status not in (0, 75)
+    assert len(re.findall(r"hpctrain: rank 0 \(.*\) has died", ended.err)) == 1, ended.err
+    assert "Traceback" not in ended.err
+
+
 def test_one_that_stands_still_is_seen_by_its_deadline(launch: Launch) -> None:
     module = MODULE.replace("signal.SIGKILL", "signal.SIGSTOP")
     launch.job(module, KEYS, name="job")
@@ -190,7 +198,7 @@ def test_killed_at_any_time(launch: Launch, seed: int) -> None:
     options = [word for each in sets for word in ("--set", each)]
     process = launch.start(4, *RUN, *options, options=LET_LIVE, OMP_NUM_THREADS="1")
     metrics = launch.folder / "run" / "metrics.jsonl"
-    while not metrics.exists() and process.poll() is None:
+    while not (metrics.exists() and metrics.stat().st_size) and process.poll() is None:
         time.sleep(0.05)
     victims = chance.sample(range(4), 2)
     for victim in victims:
