@@ -6,6 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
@@ -487,9 +488,30 @@ class Trainer:
 
     def _not_finite(self, loss: torch.Tensor) -> str:
         """Whose loss was not finite, if any. Collective."""
+        world = self.world
         losses = all_gather(self.control, float(loss), label="search for a loss not finite")
-        bad = [self.world.name_of(r) for r, value in enumerate(losses) if not math.isfinite(value)]
-        return f"the loss of {', '.join(bad)}" if bad else "no loss, but a gradient in backward"
+        bad = [world.name_of(r) for r, value in enumerate(losses) if not math.isfinite(value)]
+        if bad:
+            return f"the loss of {', '.join(bad)}"
+        if self.settings.train.nonfinite == "stop" and not self.settings.exchange.next_forward:
+            found = all_gather(self.control, self._bad_gradient(), label="search for a gradient")
+            bad = [f"that of {name} on {world.name_of(r)}" for r, name in enumerate(found) if name]
+        return "no loss, but a gradient in backward" + (f": {', '.join(bad)}" if bad else "")
+
+    def _bad_gradient(self) -> str:
+        """The parameter whose gradient on this rank alone is not finite, if it is so once more.
+
+        All gradients of the step are lost by then, and the state of generators and buffers: the run
+        is to end. Not collective.
+        """
+        parameters = list(self.parts.model.named_parameters())
+        with suppress(Exception), self.parallel.no_sync():  # as with data that is read but once
+            self.optimizer.zero_grad(set_to_none=True)
+            for subset in self.batches.share(self.step_number).subsets:
+                self.parts.loss(self.model, moved(subset, self.device)).backward()
+            bad = (n for n, p in parameters if p.grad is not None and not p.grad.isfinite().all())
+            return next(bad, "")
+        return ""
 
     def _clip(self, norm: float) -> None:
         limit = self.settings.train.clip_norm
