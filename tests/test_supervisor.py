@@ -277,6 +277,7 @@ def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(
 
 
 @pytest.mark.launch
+@pytest.mark.any_mpi
 def test_a_bad_job_is_not_started_again(launch: Launch) -> None:
     launch.job(MODULE, KEYS + "\nmistake = 1", name="job")
     ended = launch(0, *supervised(launch, 2))
