@@ -38,6 +38,7 @@ STATUSES = """exit status:
   MPICH's mpiexec may give its own number when it is itself ended by a signal."""
 RUN_EXAMPLES = """examples:
   hpctrain run jobs/digits.toml
+  hpctrain run jobs/digits.toml --restarts 3 --launcher "mpirun -n 4"
   mpirun -n 4 hpctrain run jobs/digits.toml --set train.steps=20 --set model.width=32
 
 `hpctrain keys` lists every key of a job file; docs/job-file.md explains them.
@@ -129,6 +130,20 @@ def _parser() -> argparse.ArgumentParser:
         help="show progress as a bar or as lines, whatever the output is; "
         "by default a bar on a terminal",
     )
+    run.add_argument(
+        "--restarts",
+        type=int,
+        metavar="N",
+        help="start the ranks, and start them again from the last checkpoint up to N times when "
+        "they end with a failure",
+    )
+    run.add_argument(
+        "--launcher",
+        metavar="COMMAND",
+        help="with --restarts: what starts the ranks, for example 'mpirun -n 4'; by default the "
+        "MPI library's own, with one rank a core",
+    )
+    run.add_argument("--launch", default="", help=argparse.SUPPRESS)  # by a supervisor, its name
     run.set_defaults(command=_run)
 
     submit = commands.add_parser("submit", help="put a job into Slurm's queue")
@@ -168,23 +183,61 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(chosen: argparse.Namespace) -> int:
+    if chosen.restarts is not None or chosen.launcher is not None:
+        return _supervise(chosen)
     stop = StopRequest()
     stop.listen(os.environ)
     cache.hold(os.environ)
     # Imported here, so that a mistyped command line is answered before torch is loaded.
     from hpctrain import report
+    from hpctrain.train import recovery
     from hpctrain.world import join
 
     loaded = _load_together(chosen.job, chosen.overrides)
-    world = join()
-    trainer = loaded.trainer(world, chosen.run_dir, chosen.fresh, stop)
+    trainer = loaded.trainer(join(), chosen.run_dir, chosen.fresh, stop, chosen.launch)
     if chosen.live is not None:
         trainer.console.live = chosen.live
-    trainer.run()
-    if world.is_root and loaded.job.run.report:
+    recovery.run(trainer)
+    if trainer.world.is_root and loaded.job.run.report:
         trainer.console.say(report.write(trainer.run_folder.path))
     trainer.show_sample()
     return ExitCode.DONE
+
+
+def _supervise(chosen: argparse.Namespace) -> int:
+    """Start ranks that run the job, and start them again when they fail."""
+    from hpctrain import job_file, supervisor
+
+    restarts = chosen.restarts or 0
+    if restarts < 0:
+        raise JobError("--restarts", value=restarts, allowed="0 or more", everywhere=True)
+    table = job_file.read(chosen.job, chosen.overrides).table.get("run")
+    runs = table.get("folder", "runs") if isinstance(table, dict) else "runs"
+
+    def command(folder: Path | None, launch: str, is_first: bool) -> list[str]:
+        words = [sys.executable, "-m", "hpctrain", "run", str(chosen.job), "--launch", launch]
+        for override in chosen.overrides:
+            words += ["--set", override]
+        if folder is not None:
+            words += ["--run-dir", str(folder)]
+        if chosen.fresh and (is_first or folder is None):
+            words.append("--fresh")
+        if chosen.live is not None:
+            words.append("--live" if chosen.live else "--no-live")
+        return words
+
+    return supervisor.run(
+        command,
+        launcher=(
+            supervisor.default_launcher(os.environ)
+            if chosen.launcher is None
+            else supervisor.words_of(chosen.launcher)
+        ),
+        restarts=restarts,
+        parent=Path(str(runs)) / chosen.job.stem,
+        chosen=chosen.run_dir,
+        environment=os.environ,
+    )
 
 
 def _load_together(path: Path, overrides: Sequence[str]) -> LoadedJob:
@@ -193,7 +246,7 @@ def _load_together(path: Path, overrides: Sequence[str]) -> LoadedJob:
     A rank that left alone would keep the others waiting for it inside MPI_Init.
     """
     from hpctrain import job
-    from hpctrain.world import join
+    from hpctrain.world import JOIN_S, join
 
     loaded, mistakes, fingerprint = None, None, ""
     try:
@@ -202,7 +255,8 @@ def _load_together(path: Path, overrides: Sequence[str]) -> LoadedJob:
     except JobError as error:
         mistakes = str(error)
     try:
-        everyone = join().comm.allgather((mistakes, fingerprint))
+        deadline_s = loaded.job.exchange.deadline_s if loaded else JOIN_S
+        everyone = join(deadline_s=deadline_s).comm.allgather((mistakes, fingerprint))
     except UnfitError as error:
         raise JobError(f"{mistakes}\n{error}", everywhere=True) if mistakes else error from None
     for rank, (text, _) in enumerate(everyone):
@@ -281,12 +335,12 @@ def _report(chosen: argparse.Namespace) -> int:
 
 
 def _say_once(error: HpctrainError) -> None:
-    """Show an error that every rank has met, from rank 0; from another if it is alone with it.
+    """Show an error that every rank has met, from the first; from another if it is alone with it.
 
     Ranks that all end do so at once. One that may be alone ends the others. One that turns out to
     be waits for them at the exit, until they are ended because it has left: it speaks before that.
     """
-    from hpctrain.world import current, launched_rank
+    from hpctrain.world import current, launched_rank, speaker_of
 
     world = current()
     rank = world.rank if world else launched_rank(os.environ)
@@ -295,7 +349,7 @@ def _say_once(error: HpctrainError) -> None:
         time.sleep(rank and ALONE_S + min(rank, 20) / 10)  # ranks may have met it one and all
         streams.tell(f"hpctrain: {world.name_of(rank)} at {world.position}: {error}\n")
         world.abort(error.exit_code)
-    elif rank == 0:
+    elif rank == (speaker_of(world, error) if world else 0):
         with suppress(OSError, ValueError):
             sys.stderr.write(text)
             sys.stderr.flush()

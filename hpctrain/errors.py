@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import IntEnum
+from typing import Any
 
 MOST_SHOWN = 200
 """Characters of a value in a message."""
@@ -121,6 +122,18 @@ class ExchangeError(HpctrainError):
 
 class StallError(HpctrainError):
     """An operation did not finish within its deadline."""
+
+
+class RankDiedError(HpctrainError):
+    """Other ranks have died, and the MPI library tells so. Raised on every rank that is left.
+
+    Attributes:
+        ranks: those that are known to be dead; may be empty where another rank knows.
+    """
+
+    def __init__(self, what: str, ranks: tuple[int, ...] = (), **parts: Any) -> None:
+        super().__init__(what, **parts)
+        self.ranks = ranks
 
 
 class CheckpointError(HpctrainError):

@@ -175,8 +175,16 @@ class LoadedJob:
         chosen: Path | None = None,
         fresh: bool = False,
         stop: StopRequest | None = None,
+        launch: str = "",
     ) -> Trainer:
         """A trainer for this job. Collective.
+
+        Args:
+            world: the ranks.
+            chosen: run folder to use, instead of a new or an unfinished one.
+            fresh: do not continue an earlier run.
+            stop: what listens already for the word that this rank is to end.
+            launch: what a supervisor calls this launch, which finds its run folder by it.
 
         Raises:
             JobError: on all ranks, when the module fails on some rank, or its model cannot be
@@ -204,7 +212,7 @@ class LoadedJob:
                 parts,
                 self.job.settings,
                 parent=Path(self.job.run.folder) / self.name,
-                facts=self._facts(parts),
+                facts={**self._facts(parts), "launch": launch},
                 chosen=chosen,
                 fresh=fresh,
                 stop=stop,

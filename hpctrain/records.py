@@ -1,8 +1,12 @@
-"""What a run left in its folder, read back. Damaged lines are passed over and counted."""
+"""What a run left in its folder, read back. Damaged lines are passed over and counted.
+
+Needs neither torch nor MPI.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,6 +14,8 @@ from typing import Any
 from hpctrain import trace
 from hpctrain.errors import JobError
 
+STEP_MARK = "step"
+"""File of a run folder that says which step the run is in."""
 RATES = ("samples_per_s", "step_s", "exposed_s")
 
 LARGEST = 1e100
@@ -96,6 +102,38 @@ def _is_deep(value: Any) -> bool:
         inside = [v.values() if isinstance(v, dict) else v for v in layer]
         layer = [v for values in inside for v in values if isinstance(v, (dict, list))]
     return bool(layer)
+
+
+def saved_steps(run: Path) -> list[int]:
+    """Steps of the checkpoints that are complete, in order."""
+    names = (path.parent.name for path in (run / "checkpoints").glob("step-*/manifest.json"))
+    return sorted(int(name[5:]) for name in names if name[5:].isdigit())
+
+
+def step_begun(run: Path) -> int | None:
+    """The last step that the run has begun, if it has come to one; see `StepMark`."""
+    try:
+        return int((run / STEP_MARK).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+class StepMark:
+    """Writes down which step a run is in, for who finds it dead. A system call a step.
+
+    A process that is killed leaves it as it is: the kernel has it.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self._file = os.open(run / STEP_MARK, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+
+    def set(self, step: int) -> None:
+        """The run begins this step."""
+        os.pwrite(self._file, b"%12d\n" % step, 0)
+
+    def close(self) -> None:
+        """Write no more."""
+        os.close(self._file)
 
 
 def read_spans(run: Path, damaged: Damaged | None = None) -> list[Span]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import logging
 import os
 import socket
 import sys
@@ -18,7 +19,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Flag, auto
 from fractions import Fraction
 from pathlib import Path
@@ -27,12 +28,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hpctrain.errors import ExitCode, HpctrainError, UnfitError, shortened
+from hpctrain.errors import ExitCode, HpctrainError, RankDiedError, UnfitError, shortened
+from hpctrain.latecomers import told_when_late
+from hpctrain.launched import launched_rank as launched_rank
+from hpctrain.launched import launched_size as launched_size
 from hpctrain.trace import Trace
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+_log = logging.getLogger("hpctrain")
 
 RANK_0_SPEAKS_S = 3.0
 """How long other ranks leave it to rank 0 to tell an error that all should have met."""
@@ -40,6 +45,9 @@ RANK_0_SPEAKS_S = 3.0
 
 MOST_TRACED = 100_000
 """Characters of a traceback: messages of exceptions may be of any length."""
+JOIN_S = 300.0
+"""How long a rank waits for the others to join."""
+
 
 FORWARD_S = 0.2
 """Time for the launcher to read what was said last: MPICH's drops the rest when it ends."""
@@ -76,6 +84,8 @@ class Seat:
     """Cores of the machine, also those that this rank may not use."""
     boot: str = field(default_factory=lambda: boot_of_machine())
     """With the host's name, tells machines apart."""
+    launched_as: int = 0
+    """The number by which the launcher knows this rank, also after others have died."""
 
 
 @dataclass(frozen=True)
@@ -156,16 +166,17 @@ class World:
             with contextlib.suppress(Exception):  # closed, or a pipe that nobody reads any more
                 stream.flush()
         time.sleep(FORWARD_S)
-        if _is_left_alone(self.comm):  # Open MPI 5.0.11's mpiexec would end with status 0
+        everyone = load_mpi().COMM_WORLD  # also if this is what others have left
+        if _is_left_alone(everyone):  # Open MPI 5.0.11's mpiexec would end with status 0
             os._exit(int(code))
-        self.comm.Abort(int(code))
+        everyone.Abort(int(code))
 
 
 _world: World | None = None
 _join_lock = threading.Lock()
 
 
-def join(*, device: str = "cpu") -> World:
+def join(*, device: str = "cpu", deadline_s: float = JOIN_S) -> World:
     """Join the ranks that the launcher started. Collective; later calls return the same World.
 
     Initialises MPI when the program has not done so, with thread support, checks that the
@@ -175,6 +186,8 @@ def join(*, device: str = "cpu") -> World:
 
     Args:
         device: torch device of this rank's model, for example "cpu" or "cuda:0".
+        deadline_s: how long to wait for the others in MPI_Init. Then those that have not come are
+            told, and the process ends with the status of an unfit environment.
 
     Raises:
         UnfitError: no MPI library, the wrong launcher, or an MPI without thread support.
@@ -183,7 +196,7 @@ def join(*, device: str = "cpu") -> World:
     with _join_lock:
         if _world is None:
             _install_unfit_hook()
-            _world = _join(torch.device(device))
+            _world = _join(torch.device(device), deadline_s)
         return _world
 
 
@@ -192,7 +205,7 @@ def current() -> World | None:
     return _world
 
 
-def _join(device: torch.device) -> World:
+def _join(device: torch.device, deadline_s: float) -> World:
     MPI = load_mpi()
     library = library_name(MPI.Get_library_version())
     refuse_foreign_launcher(os.environ, "Open MPI" in library, library)
@@ -201,7 +214,8 @@ def _join(device: torch.device) -> World:
         os.environ.setdefault("HOME", os.path.expanduser("~"))
         with warnings.catch_warnings():  # of a foreign launcher, which is refused below
             warnings.simplefilter("ignore", RuntimeWarning)
-            MPI.Init_thread(MPI.THREAD_MULTIPLE)
+            with told_when_late(deadline_s, os.environ):
+                MPI.Init_thread(MPI.THREAD_MULTIPLE)
         atexit.register(_finalize, os.getpid())
     comm = MPI.COMM_WORLD
     refuse_lone_ranks(os.environ, comm.Get_size(), library)
@@ -219,6 +233,7 @@ def _join(device: torch.device) -> World:
         host=socket.gethostname(),
         local_root=local.bcast(rank, root=0),
         cores=usable_cores(),
+        launched_as=rank,
     )
     local.Free()
     world = World(
@@ -226,15 +241,64 @@ def _join(device: torch.device) -> World:
         rank=rank,
         size=size,
         seats=tuple(comm.allgather(seat)),
-        roles=(Role.ROOT | Role.WORKER, *(Role.WORKER for _ in range(size - 1))),
+        roles=_roles(size),
         device=device,
         library=library,
         thread_level=MPI.Query_thread(),
     )
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, int(world.cores_per_rank)))
+    _share_cores(world)
     _install_abort_hook(world)
     return world
+
+
+def survivors_of(world: World) -> World:
+    """The ranks that are left, as the World of this process from now on. Collective among them.
+
+    Ranks that have not noticed yet that others are dead are told. Trace and position are kept.
+
+    Args:
+        world: of which ranks have died; its engine has been given up.
+    """
+    global _world
+    leave_behind()
+    comm = world.comm
+    comm.Revoke()
+    left = comm.Shrink()
+    MPI = load_mpi()
+    assert isinstance(left, MPI.Intracomm)
+    left.Set_errhandler(MPI.ERRORS_RETURN)
+    mine, theirs = left.Get_group(), comm.Get_group()
+    kept = MPI.Group.Translate_ranks(mine, list(range(left.Get_size())), theirs)
+    mine.Free()
+    theirs.Free()
+    _world = replace(
+        world,
+        comm=left,
+        rank=left.Get_rank(),
+        size=left.Get_size(),
+        seats=reseated(world.seats, kept),
+        roles=_roles(left.Get_size()),
+    )
+    _share_cores(_world)
+    return _world
+
+
+def reseated(seats: Sequence[Seat], kept: Sequence[int]) -> tuple[Seat, ...]:
+    """The seats of those ranks that are kept, in their order, which numbers them anew."""
+    roots: dict[int, int] = {}
+    for rank, old in enumerate(kept):
+        roots.setdefault(seats[old].local_root, rank)
+    return tuple(replace(seats[old], local_root=roots[seats[old].local_root]) for old in kept)
+
+
+def _roles(size: int) -> tuple[Role, ...]:
+    return (Role.ROOT | Role.WORKER, *(Role.WORKER for _ in range(size - 1)))
+
+
+def _share_cores(world: World) -> None:
+    """Have torch compute on this rank's share of its node's cores, unless the user has chosen."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, int(world.cores_per_rank)))
 
 
 def library_name(version: str) -> str:
@@ -291,30 +355,6 @@ def load_mpi() -> Any:
             everywhere=True,
         ) from error
     return MPI
-
-
-def launched_rank(environment: Mapping[str, str]) -> int:
-    """This process's rank as the launcher tells it, before MPI is initialised; 0 without one."""
-    for name in ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID"):
-        if environment.get(name, "").isdecimal():
-            return int(environment[name])
-    return 0
-
-
-def launched_size(environment: Mapping[str, str]) -> tuple[str, int]:
-    """The launcher and the number of processes that it says it started; ("none", 1) without one.
-
-    Open MPI's daemons are themselves started by srun on a Slurm cluster, so that a rank of
-    theirs sees the daemons' step size too: the innermost launcher is asked first.
-    """
-    for variable, launcher in (
-        ("OMPI_COMM_WORLD_SIZE", "Open MPI's mpirun"),
-        ("PMI_SIZE", "a PMI launcher (MPICH's or Intel's mpiexec, srun --mpi=pmi2)"),
-        ("SLURM_STEP_NUM_TASKS", "srun"),
-    ):
-        if environment.get(variable, "").isdecimal():
-            return launcher, int(environment[variable])
-    return "none", 1
 
 
 def refuse_foreign_launcher(
@@ -410,7 +450,7 @@ def _install_abort_hook(world: World) -> None:
         if world.size == 1 or os.getpid() != owner:  # a forked child is no rank
             previous(kind, error, trace)
             return
-        fail(world, error, trace)
+        fail(_world or world, error, trace)
 
     sys.excepthook = hook
 
@@ -418,21 +458,29 @@ def _install_abort_hook(world: World) -> None:
 def fail(world: World, error: BaseException, trace: TracebackType | None = None) -> None:
     """Show this rank's failure in one write, so that ranks do not mix, and end all ranks.
 
-    An error that every rank is expected to raise is shown by rank 0, which ends the others
+    An error that every rank is expected to raise is shown by the first one, which ends the others
     with itself; a rank that is still alive after `RANK_0_SPEAKS_S` was alone with it.
     """
     code = ExitCode.CRASH
     if isinstance(error, HpctrainError):
         code = error.exit_code
+    line = f"{type(error).__name__}: {error}".split("\n")[0]
+    _log.error("failed at %s: %s", world.position, line, extra={"shown": True})
     if isinstance(error, HpctrainError) and error.everywhere:
         text = f"hpctrain: {error}\n"
-        if world.rank > 0:
+        if world.rank != speaker_of(world, error):
             time.sleep(RANK_0_SPEAKS_S)
             text = f"hpctrain: {world.name_of(world.rank)}: {error}\n"
         _write(text)
     else:
         _write(describe_failure(world, error, trace))
     world.abort(code)
+
+
+def speaker_of(world: World, error: BaseException) -> int:
+    """The rank that tells an error which all meet: the first one that lives."""
+    dead = error.ranks if isinstance(error, RankDiedError) else ()
+    return next(rank for rank in range(world.size) if rank not in dead)
 
 
 def _write(text: str) -> None:

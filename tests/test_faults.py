@@ -212,3 +212,24 @@ def test_srun_without_its_mpi_plugin_is_refused(launch: Launch) -> None:
     assert ended.status == 3
     assert "srun started 4 processes" in ended.err
     assert "srun --mpi=list" in ended.err
+
+
+def test_rank_that_never_joins_is_named(launch: Launch) -> None:
+    """The others are inside MPI_Init, which keeps the interpreter's lock."""
+    script = launch.script(
+        "import os, time\n"
+        "from hpctrain.launched import launched_rank\n"
+        "open(f'pid-{launched_rank(os.environ)}', 'w').write(str(os.getpid()))\n"
+        "if launched_rank(os.environ) == 1:\n"
+        "    time.sleep(600)\n"
+        "import hpctrain\n"
+        "hpctrain.join(deadline_s=2)\n"
+    )
+    ended = launch(3, script, limit_s=60)
+    assert ended.status == 3, ended.err
+    assert ended.err.count("MPI_Init has not finished for 2 s") == 1
+    assert "started 3 processes" in ended.err
+    pid = (launch.folder / "pid-1").read_text()
+    assert re.search(rf"missing: rank 1 \(.*\), process {pid}, has not come", ended.err)
+    assert "waiting in it: rank 0, rank 2" in ended.err
+    assert_all_ended(launch.folder, 3)

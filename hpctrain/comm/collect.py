@@ -16,7 +16,7 @@ from mpi4py import MPI
 from hpctrain.comm.channel import Channel, Operation, Steps, barrier
 from hpctrain.comm.memory import buffer_of
 
-__all__ = ["all_gather", "all_sum", "any_of", "barrier_on", "broadcast", "broadcast_tensor"]
+__all__ = ["all_gather", "all_sum", "barrier_on", "broadcast", "broadcast_tensor", "figures_of_all"]
 
 
 def barrier_on(channel: Channel, label: str = "barrier") -> None:
@@ -68,13 +68,13 @@ def all_sum(channel: Channel, values: np.ndarray, label: str = "sum") -> np.ndar
     return cast(np.ndarray, channel.run(steps, label))
 
 
-def any_of(flag: bool) -> Operation:
-    """Operation: whether the flag of any rank is set."""
+def figures_of_all(*figures: float) -> Operation:
+    """Operation: so many figures of every rank, one row a rank."""
 
     def steps(comm: MPI.Intracomm, tag: int) -> Steps:
-        flags = np.array([flag], np.uint8)
-        yield [comm.Iallreduce(MPI.IN_PLACE, flags, MPI.MAX)]
-        return bool(flags[0])
+        rows = np.empty((comm.Get_size(), len(figures)))
+        yield [comm.Iallgather(np.array(figures, np.float64), rows)]
+        return rows
 
     return steps
 

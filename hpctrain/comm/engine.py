@@ -13,6 +13,9 @@ MPI moves data only while it is called. Who calls is the progress mode:
 
 In both modes the thread that waits for an operation drives it, and a slow watch answers other
 ranks that ask where this one is, and ends the run when an operation misses its deadline.
+
+Where the MPI library tells of deaths, every rank that is left is told by itself, and whoever waits
+then gets a `RankDiedError`: operations with the dead never end, and the engine is of no more use.
 """
 
 from __future__ import annotations
@@ -30,9 +33,10 @@ import torch
 from mpi4py import MPI
 
 from hpctrain.comm.channel import IN_FLIGHT_BYTES, Channel, Ticket, barrier
-from hpctrain.comm.watch import Pending, Watch
+from hpctrain.comm.watch import FAILED, REVOKED, Pending, Watch, failed_ranks
+from hpctrain.errors import RankDiedError
 from hpctrain.trace import now_s
-from hpctrain.world import World, fail, leave_behind
+from hpctrain.world import World, fail, leave_behind, tells_of_deaths
 
 _yield_core = getattr(os, "sched_yield", lambda: time.sleep(0))
 
@@ -54,6 +58,8 @@ SPIN_S = 5e-4
 and it takes the core from the kernel, which moves what comes over a network."""
 PATIENT_POLL_S = 2e-4
 """Shortest sleep of a thread that waits for what may take long, on a core that ranks share."""
+NEWS_S = 1.0
+"""How long after an error of MPI the news of a death may come that explains it."""
 WATCH_S = 0.05
 """Sleep of the engine's thread while it has nothing to move."""
 LISTEN_S = 2e-3
@@ -109,6 +115,9 @@ class Engine:
         self._channels: list[Channel] = []
         self._listeners: list[Listener] = []
         self._left_behind = False
+        self._is_told_of_deaths = world.size > 1 and tells_of_deaths(os.environ)
+        self._dead: tuple[int, ...] | None = None
+        """Ranks that are dead, once some are and nobody tolerates it."""
         self._made = 0
         self._wake = threading.Event()
         self._waiters = 0
@@ -120,7 +129,7 @@ class Engine:
         self._thread: threading.Thread | None = None
         if world.size > 1:
             sys.setswitchinterval(min(SWITCH_S, sys.getswitchinterval()))
-            self._watch = Watch(world, world.comm.Dup(), self._pending, self._posted)
+            self._watch = Watch(world, self._duplicated(), self._pending, self._posted)
             self._thread = threading.Thread(target=self._run, name="hpctrain-engine", daemon=True)
         self.control = self.channel("control")
         """Channel of small collectives: agreement, broadcasts, metrics."""
@@ -147,11 +156,8 @@ class Engine:
             self.control.run(barrier, f"making of channel {name!r}")
         with self.exclusive():
             self._free_abandoned()
-            channel = Channel(self, self.world.comm.Dup(), name, in_flight_bytes, number=self._made)
+            channel = Channel(self, self._duplicated(), name, in_flight_bytes, number=self._made)
             self._made += 1
-            # The first collective of a communicator sets up its connections, with the
-            # interpreter lock held: have that happen here and not in the first step.
-            channel.comm.Barrier()
             self._channels.append(channel)
         return channel
 
@@ -167,10 +173,26 @@ class Engine:
         self.control.run(barrier, f"making of {name!r}")
         with self.exclusive():
             self._free_abandoned()
-            comm, number = self.world.comm.Dup(), self._made
+            comm, number = self._duplicated(), self._made
             self._made += 1
-            comm.Barrier()
         return comm, number
+
+    def _duplicated(self) -> MPI.Intracomm:
+        """A communicator over all ranks. Collective; the caller holds the lock."""
+        comm: MPI.Intracomm | None = None
+        try:
+            comm = self.world.comm.Dup()
+            # The first collective of a communicator sets up its connections, with the
+            # interpreter lock held: have that happen here and not in the first step.
+            comm.Barrier()
+        except MPI.Exception as error:
+            if not self._is_death(error):
+                raise
+            if comm is not None:
+                comm.Revoke()  # others wait in it for who has failed here
+            self.world.comm.Revoke()
+            raise self._death() from error
+        return comm
 
     def listen(self, listener: Listener) -> None:
         """Poll it from now on, in every progress mode by the engine's thread and whoever waits."""
@@ -186,7 +208,11 @@ class Engine:
                 self._lock.release()
 
     def tolerate_deaths(self) -> None:
-        """Go on when other ranks die, where the MPI library lets survivors live."""
+        """Go on when other ranks die, where the MPI library lets survivors live.
+
+        Who uses the engine sees to it that nothing waits for them: `RankDiedError` is not raised.
+        """
+        self._is_told_of_deaths = False
         if self._watch:
             self._watch.tolerates_deaths = True
 
@@ -194,6 +220,59 @@ class Engine:
         """Some rank is dead: wait for nobody at the end of the program."""
         self._left_behind = True
         leave_behind()
+
+    def give_up(self) -> None:
+        """Some rank is dead: call MPI no more. Not collective.
+
+        What is in flight is left to the MPI library as it is, and so stays in memory.
+        """
+        self.leave_behind()
+        self._closing = True
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _is_death(self, error: BaseException) -> bool:
+        """Whether an error comes from deaths, which are noted then. With the lock held.
+
+        With some operations the library says no more than that something went wrong.
+        """
+        given_up_s = now_s() + NEWS_S
+        while isinstance(error, MPI.Exception) and self._is_told_of_deaths:
+            if error.Get_error_class() in (*FAILED, REVOKED):
+                self._note_deaths()
+            else:
+                self._look_for_deaths()
+            if self._dead is not None:
+                return True
+            if now_s() > given_up_s:
+                break
+            time.sleep(POLL_S * 10)
+        return False
+
+    def _look_for_deaths(self) -> None:
+        """Ask the MPI library, which answers from what it has been told. With the lock held."""
+        if self._is_told_of_deaths:
+            failed = self.world.comm.Get_failed()
+            is_any = failed.Get_size() > 0
+            failed.Free()
+            if is_any or self.world.comm.Is_revoked():
+                self._note_deaths()
+
+    def _note_deaths(self) -> None:
+        if self._dead is None:
+            self._dead = tuple(failed_ranks(self.world.comm))
+
+    def _death(self) -> RankDiedError:
+        ranks = self._dead or ()
+        who = ", ".join(map(self.world.name_of, ranks)) or "another rank"
+        return RankDiedError(
+            f"{who} has died",
+            ranks,
+            where=f"noticed by {self.world.name_of(self.world.rank)} at {self.world.position}",
+            fix="look for what ended it above or in the system's log: often memory ran out",
+            everywhere=True,
+        )
 
     def _free_abandoned(self) -> None:
         """Free the communicators that no rank needs any more. Collective."""
@@ -248,11 +327,16 @@ class Engine:
         """Drive all operations until `ticket` is done; returns its result.
 
         Raises:
+            RankDiedError: some rank is dead, so that the operation may never end.
             Exception: what the operation raised on this rank.
         """
         if not ticket.done:
             self.drive(lambda: ticket.done)
         if ticket.error is not None:
+            with self._lock:
+                is_death = self._is_death(ticket.error)
+            if is_death:
+                raise self._death() from ticket.error
             raise ticket.error
         return ticket.result
 
@@ -272,6 +356,8 @@ class Engine:
                     moved = self._advance()
                 if until():
                     return
+                if self._dead is not None:
+                    raise self._death()
                 if moved:
                     moved_s = self._polled_s
                 self._back_off(self._polled_s - moved_s, longest_s)
@@ -343,6 +429,8 @@ class Engine:
                     if now_s() - watched_s >= WATCH_S:
                         self._keep_watch(now_s() - watched_s)
                         watched_s = now_s()
+                    if self._dead is not None:
+                        return
         except BaseException as error:
             fail(self.world, error, error.__traceback__)
 
@@ -353,7 +441,12 @@ class Engine:
                 channel.excuse(since_s)
         if self.progress != "thread":
             self._advance()
-        self._watch.advance(self.deadline_s)
+        try:
+            self._watch.advance(self.deadline_s)
+        except MPI.Exception as error:
+            if not self._is_death(error):
+                raise
+        self._look_for_deaths()
 
     def _pending(self) -> Pending | None:
         """The operation of this process that has been in flight for longest."""
@@ -377,7 +470,9 @@ class Engine:
         self._watch.leave()
         polled = now_s()
         # MPI must not end with messages on the wire.
-        while self.busy or any(listener.leaving for listener in self._listeners):
+        while self._dead is None and (
+            self.busy or any(listener.leaving for listener in self._listeners)
+        ):
             with self._lock:
                 self._advance()
             self._back_off(now_s() - polled)
@@ -386,7 +481,9 @@ class Engine:
                 self.control.run(barrier, "the end of the program")
                 with self._lock:
                     self._close_listeners({listener.number for listener in self._listeners})
-            except MPI.Exception:  # a rank has died between the end of the run and this
+            except RankDiedError:  # between the end of the run and this
+                self.leave_behind()
+            except MPI.Exception:
                 if not self._watch.tolerates_deaths:
                     raise
                 self.leave_behind()
@@ -427,3 +524,10 @@ def engine_of(world: World) -> Engine:
         _engines[id(world)] = engine = Engine(world)
         atexit.register(engine.close)
     return _engines[id(world)]
+
+
+def give_up_engine(world: World) -> None:
+    """Some rank of it is dead: have nobody call MPI for this world any more. Not collective."""
+    leave_behind()
+    if id(world) in _engines:  # not if somebody died while it was being made
+        _engines[id(world)].give_up()

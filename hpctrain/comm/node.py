@@ -51,6 +51,8 @@ class _Window:
 
 
 _windows: dict[int, _Window] = {}
+_left: list[_Window] = []
+"""Windows that ranks which are dead by now had a part in. They cannot be freed."""
 _node_comms: dict[tuple[tuple[int, ...], ...], MPI.Intracomm] = {}
 _made = 0
 
@@ -243,6 +245,16 @@ def _node_comm_of(world: World) -> MPI.Intracomm:
         assert isinstance(comm, MPI.Intracomm)
         _node_comms[world.nodes] = comm
     return _node_comms[world.nodes]
+
+
+def leave_windows() -> None:
+    """Some rank is dead: forget all windows, which can only be freed by all. Not collective.
+
+    What lies in them stays readable for whoever still holds it.
+    """
+    _left.extend(_windows.values())
+    _windows.clear()
+    _node_comms.clear()
 
 
 def _free_unused(engine: Engine) -> None:

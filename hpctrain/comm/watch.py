@@ -40,6 +40,8 @@ SELF_HELP_S = 4.0
 
 FAILED = tuple(getattr(MPI, name, -1) for name in ("ERR_PROC_FAILED", "ERR_PROC_FAILED_PENDING"))
 """Error classes by which an MPI library with ULFM tells that a rank is dead."""
+REVOKED = getattr(MPI, "ERR_REVOKED", -1)
+"""Error class of a communicator that some rank has given up, since another one is dead."""
 _MAIL_BYTES = 65_536
 _LIBRARIES = tuple(
     str(Path(file).parents[level]) + os.sep

@@ -9,6 +9,7 @@ ranks continues with the right sample.
 from __future__ import annotations
 
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -149,6 +150,8 @@ class Batches:
         size: number of ranks.
         collate: makes a batch of a list of samples; torch's default for None.
         name: the function that has made the data, for messages.
+        may_repeat: whether the last step may be asked for again, on other ranks: samples of an
+            iterable are then kept for as long.
 
     Raises:
         JobError: the data set cannot be read; see `data_error`.
@@ -166,21 +169,27 @@ class Batches:
         size: int = 1,
         collate: Collate | None = None,
         name: str = "train_data",
+        may_repeat: bool = False,
     ) -> None:
         self._name = _Name(name)
         self._batch = batch
         self._micro_batch = micro_batch
         self._collate = collate or default_collate
-        self._sizes = split_evenly(batch, size)
-        self._first = sum(self._sizes[:rank])
-        self._rank = rank
+        self.deal(rank, size)
         if error := data_error(data, name):
             raise error
         self._source: _Indexed | _Streamed
         if is_indexed(data):
             self._source = _Indexed(cast(MapStyle, data), seed, shuffle, self._name)
         else:
-            self._source = _Streamed(cast("Iterable[Any]", data), seed, self._name)
+            kept = batch if may_repeat else 0
+            self._source = _Streamed(cast("Iterable[Any]", data), seed, self._name, kept)
+
+    def deal(self, rank: int, size: int) -> None:
+        """Be the part of this rank among so many, from the next share on."""
+        self._sizes = split_evenly(self._batch, size)
+        self._first = sum(self._sizes[:rank])
+        self._rank = rank
 
     def share(self, step: int) -> Share:
         """This rank's part of step `step`, counted from 0. Reads nothing yet."""
@@ -296,27 +305,34 @@ class _Indexed:
 
 
 class _Streamed:
-    """Samples in the order in which an iterable gives them; started again at its end."""
+    """Samples in the order in which an iterable gives them; started again at its end.
 
-    def __init__(self, data: Iterable[Any], seed: int, name: _Name) -> None:
+    The last `kept` of them can be read again.
+    """
+
+    def __init__(self, data: Iterable[Any], seed: int, name: _Name, kept: int = 0) -> None:
         self._name = name
         self._data = data
         self._seed = seed
+        self._kept: deque[Any] = deque(maxlen=kept)
         self._start()
 
     def read(self, position: int, count: int) -> tuple[list[Any], range]:
-        if position < self._position:
+        if position < self._position - len(self._kept):
             if self._stream is self._data:
                 raise TrainingError("an iterator cannot be read back", value=position)
             self._start()
+        again = list(self._kept)[len(self._kept) - max(0, self._position - position) :][:count]
         with self._generators:
             while self._position < position:
                 self._next()
-            return [self._next() for _ in range(count)], range(position, position + count)
+            samples = again + [self._next() for _ in range(count - len(again))]
+            return samples, range(position, position + count)
 
     def _start(self) -> None:
         self._generators = OwnGenerators(self._seed)
         self._position = 0
+        self._kept.clear()
         with self._generators:
             self._stream = self._begun()
 
@@ -331,6 +347,7 @@ class _Streamed:
             try:
                 for sample in self._stream:
                     self._position += 1
+                    self._kept.append(sample)
                     return sample
             except Exception as error:
                 raise TrainingError(

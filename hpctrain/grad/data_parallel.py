@@ -93,7 +93,7 @@ class DataParallel(nn.Module):
 
     def overlap_step(
         self, optimizer: torch.optim.Optimizer, check: BlockCheck | None = None
-    ) -> None:
+    ) -> NextForward:
         """Have the optimizer's steps taken block by block, each before the next forward needs it.
 
         For `ExchangeConfig(next_forward=True)`; before the first backward. Not collective. From
@@ -105,6 +105,9 @@ class DataParallel(nn.Module):
         Args:
             optimizer: any of torch.optim but LBFGS and SparseAdam.
             check: called with each block when its average is there, before it is used; may raise.
+
+        Returns:
+            What takes the steps.
 
         Raises:
             ExchangeError: the optimizer does not treat every parameter by itself or lacks some,
@@ -126,6 +129,7 @@ class DataParallel(nn.Module):
         exchange.later = NextForward(
             exchange.engine, self.module, exchange.parameters, optimizer, check
         )
+        return exchange.later
 
     def wait_for_gradients(self) -> None:
         """Wait for gradients that are still on the wire, so that `grad` can be read and changed.

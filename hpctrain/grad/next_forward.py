@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hpctrain.comm.engine import Engine
-from hpctrain.errors import ExchangeError
+from hpctrain.errors import ExchangeError, RankDiedError
 from hpctrain.grad.blocks import Block
 from hpctrain.grad.priority import StepTimes
 from hpctrain.grad.replicas import BufferSync
@@ -84,6 +84,13 @@ class NextForward:
         self.in_flight: dict[Block, None] = {}
         self.owed: dict[Block, list[int]] = {}
         """Blocks to update, and the places of the parameters that `step()` left out."""
+        self._is_taken = False
+        """Whether the optimizer's step has been taken, as far as it goes, of what came last."""
+        self.keeps = False
+        """Whether a step of which a part never comes is to be undone; costs memory and copies."""
+        self._kept: list[tuple[nn.Parameter, torch.Tensor, dict[str, Any] | None]] = []
+        """Parameters that the last step has updated, with what they and the optimizer's state were
+        before, as long as others are owed."""
         self._buffers: BufferSync | None = None
         self._stepped: list[Block] = []
         self._settings: list[dict[str, Any]] = []
@@ -100,7 +107,7 @@ class NextForward:
         for part in module.modules():
             part.register_state_dict_pre_hook(_Hook(self, NextForward.settle))
             part.register_load_state_dict_pre_hook(_Hook(self, NextForward.settle))
-        module.register_forward_pre_hook(_Hook(self, NextForward._finish_buffers), prepend=True)
+        module.register_forward_pre_hook(_Hook(self, NextForward.finish_buffers), prepend=True)
 
     # ------------------------------------------------------------------ what is needed where
 
@@ -161,6 +168,7 @@ class NextForward:
     def owe(self, blocks: Sequence[Block], buffers: BufferSync | None) -> None:
         """Backward has ended: these blocks, in this order, and the buffers are on the wire."""
         self._buffers = buffers
+        self._is_taken = False
         if not self._block_of:
             self._block_of = {index: block for block in blocks for index in block.members}
         self._unneeded.clear()
@@ -175,7 +183,7 @@ class NextForward:
         """Have what the forward needs from its beginning; everything if it is an evaluation."""
         if self.in_flight and not (has_grad and self.owed):
             self.settle()
-        self._finish_buffers()
+        self.finish_buffers()
 
     def before_backward(self) -> None:
         """Have gradients where backward adds to them.
@@ -209,9 +217,63 @@ class NextForward:
                 self._update(block)
             else:
                 self._arrive(block)
-        self._finish_buffers()
+        self.finish_buffers()
 
-    def _finish_buffers(self) -> None:
+    def salvage(self) -> bool:
+        """Some rank is dead, and nothing more will come: have all of the last step, or none.
+
+        Not collective; needs `keeps`.
+
+        Returns:
+            Whether the last step counts. If not, parameters are those before it.
+        """
+        counts = not self._is_taken or self._has_all()
+        if self._is_taken and counts:
+            try:
+                for block in list(self.owed):
+                    self._update(block)
+                self.finish_buffers()
+            except RankDiedError:  # the check wanted to ask others
+                counts = False
+        if not counts:
+            self._undo()
+        self.owed.clear()
+        self.in_flight.clear()
+        self._kept.clear()
+        self._buffers = None
+        _on_the_wire.discard(self)
+        return counts
+
+    def _has_all(self) -> bool:
+        """Whether all that is still needed for the last step is there."""
+        has_buffers = self._buffers is None or self._buffers.has_come
+        return has_buffers and all(
+            ticket.done and ticket.error is None
+            for block in self.in_flight
+            for ticket in block.tickets
+        )
+
+    def _keep(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Keep what an update changes, unless all that is owed after it is there."""
+        if not self.keeps or self._has_all():
+            self._kept.clear()
+            return
+        for parameter in parameters:
+            gathered = self._optimizer.state.get(parameter)
+            state = None if gathered is None else {k: _copied(v) for k, v in gathered.items()}
+            self._kept.append((parameter, parameter.detach().clone(), state))
+
+    @torch.no_grad()
+    def _undo(self) -> None:
+        for parameter, value, gathered in self._kept:
+            parameter.copy_(value)
+            if gathered is None:
+                self._optimizer.state.pop(parameter, None)
+            else:
+                self._optimizer.state[parameter] = gathered
+
+    def finish_buffers(self) -> None:
+        """Wait for buffers that are on the wire."""
         if self._buffers:
             self._buffers.finish()
             self._buffers = None
@@ -276,6 +338,7 @@ class NextForward:
         for block in list(self.owed):  # of a step that no forward followed
             self._update(block)
         self._stepped = []
+        self._kept.clear()
         if not self.in_flight:
             return
         if has_closure:
@@ -297,11 +360,13 @@ class NextForward:
         for block in self._stepped:
             if all(ticket.done for ticket in block.tickets):
                 self._arrive(block)
+                self._keep(block.parameters)
             else:
                 self.owed[block] = block.withhold()
 
     def _after_step(self) -> None:
         """Take away what the step has used, so that it does not matter what had arrived by then."""
+        self._is_taken = True
         for block in self._stepped:
             for parameter in block.parameters:
                 parameter.grad = None
@@ -326,6 +391,7 @@ class NextForward:
             parameter = block.parameters[place]
             if parameter.grad is not None:
                 parts[self._places[id(parameter)]].append(parameter)
+        self._keep(parameter for part in parts for parameter in part)
         groups = [
             {**settings, "params": part}
             for settings, part in zip(self._settings, parts, strict=True)
@@ -431,6 +497,10 @@ class _Uses(TorchDispatchMode):
                 user = self._running[-1] if self._running else self._root
                 self.users.setdefault(index, {})[user] = None
         return func(*args, **(kwargs or {}))
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else value
 
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:

@@ -159,6 +159,11 @@ class BufferSync:
             nbytes = group.flat.numel() * group.flat.element_size()
             self._tickets.append(self._channel.post(group.operation, "buffers", nbytes))
 
+    @property
+    def has_come(self) -> bool:
+        """Whether all that `post` started has ended well."""
+        return all(ticket.done and ticket.error is None for ticket in self._tickets)
+
     def finish(self) -> None:
         """Wait for what `post` started and store it."""
         for group in self._groups:

@@ -82,10 +82,15 @@ class Exactness:
 class CodedTrainer(Trainer):
     """Trains a model with data blocks that several ranks hold. Construction is collective."""
 
+    @property
+    def may_recover(self) -> bool:
+        """Nobody waits for a dead rank in this mode, which has other means."""
+        return False
+
     def _computing_ranks(self) -> Sequence[int]:
         return Hands.of(self.settings.coded, self.world.size).workers
 
-    def _open_exchange(self) -> None:
+    def open_exchange(self) -> None:
         """Prepare model and optimizer. Collective."""
         settings = self.settings
         if not is_indexed(self.parts.train_data):
@@ -171,7 +176,7 @@ class CodedTrainer(Trainer):
     def step(self) -> bool:
         """One optimizer step on one global batch; whether this rank could take part in it."""
         begun_s = now_s()
-        self.world.position.step = step = self.step_number + 1
+        step = self._begin_step()
         coded, injection = self.coded, self.injection
 
         def loss(subset: tuple[Any, int]) -> torch.Tensor:
@@ -195,7 +200,9 @@ class CodedTrainer(Trainer):
         with self._phase("optimizer"):
             norm = self._update(torch.tensor(coded.loss))
         self.step_number = coded.step_number
-        self._pending.append(StepFigures(coded.loss, norm, coded.exposed_s, now_s() - begun_s))
+        self._figures.pending.append(
+            StepFigures(coded.loss, norm, coded.exposed_s, now_s() - begun_s)
+        )
         if self.settings.coded.deadline_s and self.world.is_root:
             error = coded.error / norm if norm else 0.0
             self._exactness.add(self.step_number, coded.covered, error)
@@ -288,7 +295,7 @@ class CodedTrainer(Trainer):
         """The figures of rank 0, which all others take the same time for, as if of all ranks."""
         rows = [
             (f.loss, *(self.world.size * v for v in (f.gradient_norm, f.exposed_s, f.step_s)))
-            for f in self._pending
+            for f in self._figures.pending
         ]
         return np.array(rows)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, astuple, replace
 from pathlib import Path
 from typing import Any
@@ -14,15 +16,16 @@ import torch
 from torch import nn
 
 from hpctrain.comm.channel import Channel, Ticket
-from hpctrain.comm.collect import all_gather, all_sum, any_of, barrier_on
+from hpctrain.comm.collect import all_gather, all_sum, barrier_on, broadcast, figures_of_all
 from hpctrain.comm.engine import engine_of
 from hpctrain.comm.measure import clock_offset
 from hpctrain.data.batches import Batches, MapStyle, is_indexed
 from hpctrain.data.generators import generator_state, restore_generators, seed_generators
-from hpctrain.errors import JobError, StoppedError, TrainingError
+from hpctrain.errors import JobError, RankDiedError, StoppedError, TrainingError
 from hpctrain.grad.accumulate import accumulate
 from hpctrain.grad.blocks import Block, gradient_norm
 from hpctrain.grad.data_parallel import DataParallel
+from hpctrain.records import StepMark
 from hpctrain.stop import StopRequest
 from hpctrain.trace import now_s
 from hpctrain.train import resume
@@ -40,12 +43,14 @@ from hpctrain.train.console import Console, Progress, RankLog
 from hpctrain.train.device import device_of, moved
 from hpctrain.train.inject import Injection
 from hpctrain.train.interrupt import told_when_interrupted
-from hpctrain.train.metrics import Metrics, StepFigures
+from hpctrain.train.metrics import Figures, Metrics, StepFigures
 from hpctrain.train.optimizer import build_optimizer
+from hpctrain.train.resume import BuffersBefore
 from hpctrain.train.run_folder import files_of, open_run
 from hpctrain.train.sample import show_sample
 from hpctrain.train.settings import Parts, Settings
-from hpctrain.world import World
+from hpctrain.train.standing import Standing, summed, together
+from hpctrain.world import World, tells_of_deaths
 
 _log = logging.getLogger("hpctrain")
 
@@ -53,7 +58,9 @@ HOST = torch.device("cpu")
 LAST_WRITE_S = 5.0
 """How long a rank that ends the run by an error waits for the checkpoint in the making ..."""
 INTERRUPTED_S = 0.7
-"""... and one that is interrupted, as the launcher soon kills all ranks."""
+"""... one that is interrupted, as the launcher soon kills all ranks, ..."""
+LET_GO_S = 0.2
+"""... and one that goes on without others, which may never finish their part."""
 
 
 class Trainer:
@@ -91,6 +98,9 @@ class Trainer:
         self.world = world
         self.parts = parts
         self.settings = settings
+        self.facts = facts
+        self.before_step = BuffersBefore(parts.model) if self.may_recover else None
+        """Where a step may have to be taken again."""
         self.control = engine_of(world).control
         self.console = Console(speaks=world.is_root, line_s=settings.run.line_s)
         self.step_number = 0
@@ -114,11 +124,12 @@ class Trainer:
             rank=world.rank,
             size=world.size,
             collate=parts.collate,
+            may_repeat=self.may_recover,
         )
         self.optimizer = build_optimizer(
             [p for p in parts.model.parameters() if p.requires_grad], settings.optimizer
         )
-        self._open_exchange()
+        self.open_exchange()
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
         seed_generators(settings.seed + 1 + world.rank)
 
@@ -135,44 +146,56 @@ class Trainer:
             self.opened.release()
             self._log.close()
             raise
-        self._saver = Saver(
-            self._saving_channel(),
-            self.run_folder.checkpoints,
-            settings.checkpoint,
-            world.trace,
-            self.step_number,
-        )
+        self._open_saver()
         self._started_at = self.step_number
         self.injection.strikes = self._started_at == 0
         self._loss_checked = False
-        self._saved_at = -1
+        self._saved_at = self._evaluated_at = -1
         self._stop = stop or StopRequest()
-        self._stop_vote: Ticket | None = None
-        """Of all ranks, in the present step."""
+        self._vote: Ticket | None = None
+        """Of all ranks, in the present step: the loss of each, and whether it was told to stop."""
         self._stops = False
         """Whether all ranks know that the run is to end here."""
-        self._pending: list[StepFigures] = []
+        self._figures = Figures(self.step_number)
+        self._was_cut_off = False
+        """Whether others died, maybe before all was done that belongs to the last step."""
         self._taken: tuple[int, torch.Tensor] = (0, torch.zeros(()))
         """Number and loss of the step whose blocks are on the wire, with `next_forward`."""
         self._block_norms: list[float] = []
         self._late_norms: list[float] = []
         self._log_every = settings.run.log_every or max(1, train.steps // 100)
         self._metrics: Metrics | None = None
-        if world.is_root:
-            with files_of(self.run_folder, "rank 0"):
-                self.run_folder.begin_session({**facts, **self._surroundings()})
-                self._metrics = Metrics(self.run_folder, settings.run.tensorboard, self.step_number)
-        world.trace.offset_s = clock_offset(self.control)
-        if settings.run.trace_steps:
-            with files_of(self.run_folder, world.name_of(world.rank)):
-                world.trace.open(self.run_folder.trace(world.rank), world.rank)
+        self._mark: StepMark | None = None
+        self._begin_session()
         self._begun_s = now_s()
         self._say_hello()
+
+    @property
+    def may_recover(self) -> bool:
+        """Whether the ranks that are left go on when others die; see train.recovery."""
+        return self.world.size > 1 and tells_of_deaths(os.environ)
+
+    def _begin_session(self) -> None:
+        """Begin to record. Collective."""
+        world, run = self.world, self.settings.run
+        if world.is_root:
+            if self._metrics:
+                self._metrics.close()
+            at_end = self.step_number == self.settings.train.steps  # which is evaluated again
+            with files_of(self.run_folder, world.name_of(world.rank)):
+                self._mark = self._mark or StepMark(self.run_folder.path)
+                self.run_folder.begin_session({**self.facts, **self._surroundings()})
+                self._metrics = Metrics(self.run_folder, run.tensorboard, self.step_number, at_end)
+        world.trace.offset_s = clock_offset(self.control)
+        self._traces_until = self.step_number + run.trace_steps
+        if run.trace_steps:
+            with files_of(self.run_folder, world.name_of(world.rank)):
+                world.trace.open(self.run_folder.trace(world.rank), world.rank)
 
     def _computing_ranks(self) -> Sequence[int]:
         return range(self.world.size)
 
-    def _open_exchange(self) -> None:
+    def open_exchange(self) -> None:
         """Prepare model and optimizer for the exchange of gradients. Collective."""
         train, exchange = self.settings.train, self.settings.exchange
         self.model = self.parallel = DataParallel(self.parts.model, exchange, world=self.world)
@@ -183,7 +206,18 @@ class Trainer:
                     allowed="no train.clip_norm, and train.nonfinite = 'stop'",
                     everywhere=True,
                 )
-            self.parallel.overlap_step(self.optimizer, self._check_block)
+            later = self.parallel.overlap_step(self.optimizer, self._check_block)
+            later.keeps = self.may_recover
+
+    def _open_saver(self) -> None:
+        """Prepare for checkpoints. Collective."""
+        self._saver = Saver(
+            self._saving_channel(),
+            self.run_folder.checkpoints,
+            self.settings.checkpoint,
+            self.world.trace,
+            self.step_number,
+        )
 
     def _saving_channel(self) -> Channel:
         """Of the ranks that write a checkpoint together."""
@@ -201,25 +235,18 @@ class Trainer:
         with told_when_interrupted(self.world, self._farewell, self._stop), refused_exits():
             try:
                 return self._run()
+            except RankDiedError:  # the others may go on
+                raise
             except Exception:
                 self._saver.wait(LAST_WRITE_S)
                 raise
 
     def _run(self) -> dict[str, float]:
-        train, every = self.settings.train, self.settings.checkpoint.every
-        figures: dict[str, float] = {}
-        while self.step_number < train.steps:
+        if self._was_cut_off:
+            self._attend()
+        while self.step_number < self.settings.train.steps:
             self.step()
-            done = self.step_number
-            if done % self._log_every == 0 or done == train.steps:
-                self._report()
-            if train.eval_every and done % train.eval_every == 0 and done < train.steps:
-                figures = self.evaluate()
-            if every and done % every == 0 and done < train.steps:
-                self._report()
-                self.save()
-            if self._is_told_to_stop():
-                self._end_early()
+            self._attend()
         figures = self.evaluate()
         if self._stops:
             self._end_early()
@@ -227,10 +254,33 @@ class Trainer:
         self._close()
         return figures
 
+    def _attend(self) -> None:
+        """Do what is to be done after a step, unless it has been done."""
+        train, every, done = self.settings.train, self.settings.checkpoint.every, self.step_number
+        if done % self._log_every == 0 or done == train.steps:
+            self._report()
+        if self._is_due(train.eval_every, self._evaluated_at):
+            self.evaluate()
+        if self._is_due(every, self._saved_at):
+            self._report()
+            self.save()
+        if self._is_told_to_stop():
+            self._end_early()
+
+    def _is_due(self, every: int, done_at: int) -> bool:
+        """Whether what is done every so many steps, but the last one, is still to be done now."""
+        done = self.step_number
+        return (
+            0 < done < self.settings.train.steps
+            and bool(every)
+            and not done % every
+            and done_at != done
+        )
+
     def step(self) -> bool:
         """One optimizer step on one global batch; whether this rank took part, as all do here."""
         begun_s = now_s()
-        self.world.position.step = step = self.step_number + 1
+        step = self._begin_step()
         share = self.batches.share(self.step_number)
         if not share.sizes and not self._loss_checked:
             self._check_loss(None)
@@ -259,15 +309,16 @@ class Trainer:
             subsets = self._in_phase("data", on_device)
         accumulate(self.parallel, subsets, len(share.sizes), backward)
 
-        self._stop_vote = self.control.post(any_of(self._stop.has_come), "stop?")
+        vote = figures_of_all(float(loss), self._stop.has_come)
+        self._vote = self.control.post(vote, "loss, and whether to stop")
         with self._phase("optimizer"):
             norm = self._update(loss)
             self.optimizer.zero_grad(set_to_none=True)
         self.step_number += 1
-        self._pending.append(
+        self._figures.pending.append(
             StepFigures(float(loss), norm, self.parallel.exchange.exposed_s, now_s() - begun_s)
         )
-        if self._session_steps() >= self.settings.run.trace_steps:
+        if self.step_number >= self._traces_until:
             self.world.trace.active = False
         return True
 
@@ -306,15 +357,18 @@ class Trainer:
         if self._metrics:
             self._metrics.write(self.step_number, validation=figures)
             self._metrics.flush()
+        self._evaluated_at = self.step_number
         shown = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
         self.console.say(f"step {self.step_number}  validation {shown}")
         return figures
 
     def _is_told_to_stop(self) -> bool:
         """Whether any rank was, when the step ended. Collective."""
-        if self._stop_vote:
-            self._stops |= engine_of(self.world).wait(self._stop_vote)
-            self._stop_vote = None
+        if self._vote:
+            losses, are_told = engine_of(self.world).wait(self._vote).T
+            self._vote = None
+            self._figures.losses[self.step_number] = float(losses.sum())
+            self._stops |= bool(are_told.any())
         return self._stops
 
     def _end_early(self) -> None:
@@ -393,6 +447,18 @@ class Trainer:
 
     # ------------------------------------------------------------------ parts of a step
 
+    def _begin_step(self) -> int:
+        """The number of the step that begins, which is written down."""
+        self.world.position.step = step = self.step_number + 1
+        if self._mark:
+            self._mark.set(step)
+        if self.before_step:
+            later = self.parallel.exchange.later
+            if later:
+                later.finish_buffers()
+            self.before_step.take(self.step_number)
+        return step
+
     def _update(self, loss: torch.Tensor) -> float:
         """Take the optimizer's step, if gradients are usable. Returns their norm.
 
@@ -470,9 +536,30 @@ class Trainer:
 
     def _not_finite(self, loss: torch.Tensor) -> str:
         """Whose loss was not finite, if any. Collective."""
+        world = self.world
         losses = all_gather(self.control, float(loss), label="search for a loss not finite")
-        bad = [self.world.name_of(r) for r, value in enumerate(losses) if not math.isfinite(value)]
-        return f"the loss of {', '.join(bad)}" if bad else "no loss, but a gradient in backward"
+        bad = [world.name_of(r) for r, value in enumerate(losses) if not math.isfinite(value)]
+        if bad:
+            return f"the loss of {', '.join(bad)}"
+        if self.settings.train.nonfinite == "stop" and not self.settings.exchange.next_forward:
+            found = all_gather(self.control, self._bad_gradient(), label="search for a gradient")
+            bad = [f"that of {name} on {world.name_of(r)}" for r, name in enumerate(found) if name]
+        return "no loss, but a gradient in backward" + (f": {', '.join(bad)}" if bad else "")
+
+    def _bad_gradient(self) -> str:
+        """The parameter whose gradient on this rank alone is not finite, if it is so once more.
+
+        All gradients of the step are lost by then, and the state of generators and buffers: the run
+        is to end. Not collective.
+        """
+        parameters = list(self.parts.model.named_parameters())
+        with suppress(Exception), self.parallel.no_sync():  # as with data that is read but once
+            self.optimizer.zero_grad(set_to_none=True)
+            for subset in self.batches.share(self.step_number).subsets:
+                self.parts.loss(self.model, moved(subset, self.device)).backward()
+            bad = (n for n, p in parameters if p.grad is not None and not p.grad.isfinite().all())
+            return next(bad, "")
+        return ""
 
     def _clip(self, norm: float) -> None:
         limit = self.settings.train.clip_norm
@@ -498,6 +585,74 @@ class Trainer:
         if self.parts.metrics:
             figures |= checked_metrics(self.parts.metrics, self.parts.metrics(self.model, subset))
         return {name: float(value) * count for name, value in figures.items()}
+
+    # ------------------------------------------------------------------ when others die
+
+    def undo_step(self) -> None:
+        """The last step does not count: parameters are those before it. Not collective."""
+        self._figures.losses.pop(self.step_number, None)
+        self._figures.pending.pop()
+        self.step_number -= 1
+
+    def standing(self, rank: int) -> Standing:
+        """Where this rank stands, which had that number before."""
+        return Standing(
+            rank=rank,
+            step=self.step_number,
+            weight=self.batches.share(0).weight,
+            figures=self._figures,
+            has_checked=self._loss_checked,
+            stops=self._stops,
+        )
+
+    def stand_with(self, standings: Sequence[Standing], step: int) -> None:
+        """All ranks that are left have taken so many steps. Not collective."""
+        self.step_number = step
+        self._figures = together(standings, step)
+        self._block_norms, self._late_norms = [], []
+        self._vote = None
+        self._loss_checked = all(each.has_checked for each in standings)
+        self._stops = any(each.stops for each in standings)
+        self._evaluated_at = -1
+        self._was_cut_off = True
+
+    def let_checkpoint_go(self) -> None:
+        """The one in the making may lack what the dead were to write. Not collective."""
+        self._saver.let_go(LET_GO_S)
+
+    def record_anew(self) -> None:
+        """Record as those that are left, and what the dead have not recorded. Collective."""
+        world = self.world
+        was_live = self.console.live
+        self.console.finish()
+        self.console = Console(speaks=world.is_root, line_s=self.settings.run.line_s)
+        self.console.live = was_live
+        self._log.close()
+        self._log = RankLog(self.run_folder.log(world.rank), world, self.console)
+        if world.is_root and self.opened.lock is None:
+            self.opened = self.opened.taken_over()
+        self._open_saver()
+        names = complete_names(self.run_folder.checkpoints) if world.is_root else []
+        saved_at = step_of(names[0]) if names else -1
+        self._saved_at = broadcast(self.control, saved_at, label="last checkpoint")
+        self._begin_session()
+        figures = self._figures
+        first = figures.reported_at - len(figures.reported) + 1
+        for step, row in enumerate(figures.reported, first):
+            if self._metrics and step not in self._metrics.recorded:
+                self._record(step, summed(row, world.size))
+        is_evaluated = self._metrics is not None and self.step_number in self._metrics.evaluated
+        if broadcast(self.control, is_evaluated, label="last evaluation"):
+            self._evaluated_at = self.step_number
+        self._report()
+
+    def record_recovery(self, took_s: float, text: str) -> None:
+        """Tell that ranks died and how long it took to go on without them. Not collective."""
+        if self._metrics:
+            ranks = self.world.size
+            self._metrics.write(self.step_number, recovery={"recovery_s": took_s, "ranks": ranks})
+            self._metrics.flush()
+        _log.warning(text)
 
     # ------------------------------------------------------------------ around the steps
 
@@ -598,12 +753,12 @@ class Trainer:
 
     def _report(self) -> None:
         """Bring the figures of the last steps together, record them and show how far the run is."""
-        if not self._pending:
+        if not self._figures.pending:
             return
         self.world.position.phase = "report"
         sums = self._sum_figures()
         first = self.step_number - len(sums) + 1
-        self._pending = []
+        self._figures.report(self.step_number, sums, self.world.size)
         self.world.trace.flush()
         if not self._metrics:
             return
@@ -632,9 +787,9 @@ class Trainer:
         """The figures of the last steps, one row a step, added up over ranks. Collective."""
         self.parallel.wait_for_gradients()  # a report is a meeting of all ranks anyway
         for place, norm in enumerate(self._late_norms):
-            self._pending[place] = replace(self._pending[place], gradient_norm=norm)
+            self._figures.pending[place] = replace(self._figures.pending[place], gradient_norm=norm)
         self._late_norms = []
-        mine = np.array([astuple(figures) for figures in self._pending])
+        mine = np.array([astuple(figures) for figures in self._figures.pending])
         return all_sum(self.control, mine, label="metrics")
 
     def _record(self, step: int, total: StepFigures) -> None:
@@ -662,6 +817,8 @@ class Trainer:
         progress = self._part()
         self.world.trace.close()
         self._log.close()
+        if self._mark:
+            self._mark.close()
         if self._metrics:
             self._metrics.close()
             self.run_folder.write_facts(

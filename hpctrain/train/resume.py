@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -49,10 +49,6 @@ def restore_optimizer(
     name = optimizer_name(table)
     if written_by not in (None, name):
         raise _misfit("optimizer", f"it was written by {written_by}, and the job says {name}")
-    own = [
-        {key: value for key, value in group.items() if key != "params"}
-        for group in optimizer.param_groups
-    ]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for index, gathered in state["state"].items():
         needed = _gathered_by(table, parameters[index].dim()) if index < len(parameters) else set()
@@ -62,11 +58,62 @@ def restore_optimizer(
                 "optimizer", f"{name} with the job's options needs {missing[0]!r} as well"
             )
     try:
-        optimizer.load_state_dict(dict(state))
+        load_gathered(optimizer, state)
     except ValueError as error:
         raise _misfit("optimizer", str(error)) from error
+
+
+def load_gathered(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Load what an optimizer of the same kind has gathered, and leave its options as they are."""
+    own = [
+        {key: value for key, value in group.items() if key != "params"}
+        for group in optimizer.param_groups
+    ]
+    optimizer.load_state_dict(dict(state))
     for group, values in zip(optimizer.param_groups, own, strict=True):
         group.update(values)
+
+
+class BuffersBefore:
+    """A model's buffers as they were before a step, which has changed them but may not count.
+
+    Whether a forward has written to a buffer cannot be seen: all are copied.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._copies: dict[tuple[nn.Module, str], torch.Tensor] = {}
+        self.step = -1
+        """Steps that were done when they were copied."""
+
+    @torch.no_grad()
+    def take(self, step: int) -> None:
+        """Keep them as they are now, when so many steps are done."""
+        self.step = step
+        for place, buffer in self._buffers():
+            copy = self._copies.get(place)
+            if copy is not None and (copy.shape, copy.dtype) == (buffer.shape, buffer.dtype):
+                copy.copy_(buffer)
+            else:
+                self._copies[place] = buffer.detach().clone()
+
+    @torch.no_grad()
+    def put_back(self, step: int) -> None:
+        """Have them as they were after so many steps, if they were copied since."""
+        if step != self.step:
+            return
+        for (owner, name), buffer in self._buffers():
+            copy = self._copies[owner, name]
+            if (copy.shape, copy.dtype) == (buffer.shape, buffer.dtype):
+                buffer.copy_(copy)
+            else:
+                owner._buffers[name] = copy.clone()
+
+    def _buffers(self) -> Iterator[tuple[tuple[nn.Module, str], torch.Tensor]]:
+        for owner in self._model.modules():
+            for name, buffer in owner._buffers.items():
+                if buffer is not None:
+                    yield (owner, name), buffer
 
 
 def local_buffers(model: nn.Module) -> dict[str, torch.Tensor]:

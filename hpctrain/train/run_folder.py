@@ -16,7 +16,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,8 @@ class RunConfig:
     """Draw report.html when the run is finished; needs hpctrain[report]."""
     tensorboard: bool = False
     """Write TensorBoard events as well; needs hpctrain[tensorboard]."""
+    min_ranks: int = option(1, minimum=1)
+    """Where ranks survive others (mpirun --with-ft ulfm), go on with so many or more."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -148,6 +150,12 @@ class OpenedRun:
     folder: RunFolder
     notes: tuple[str, ...] = ()
     lock: RunLock | None = None
+
+    def taken_over(self) -> OpenedRun:
+        """The same for a new root, after the death of the one that held the lock."""
+        lock = RunLock(self.folder.lock)
+        lock.take()  # unless a child of the dead one still has it, which is no other launch
+        return replace(self, lock=lock)
 
     def release(self) -> None:
         """Let other launches have the folder."""

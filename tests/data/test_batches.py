@@ -436,3 +436,17 @@ def test_reading_a_stream_leaves_the_generators_alone() -> None:
         samples_of(batches_of(iter(data), batch=4), range(2))
         draws.append((random.random(), float(torch.rand(())), float(np.random.rand())))
     assert draws[0] == draws[1]
+
+
+def test_the_last_step_can_be_read_again_on_other_ranks() -> None:
+    """An iterator gives each sample once: those of one step are kept, and no more."""
+    batches = Batches(iter(range(100)), batch=6, rank=2, size=3, may_repeat=True)
+    assert [subset.tolist() for subset in batches.share(0).subsets] == [[4, 5]]
+    assert [subset.tolist() for subset in batches.share(1).subsets] == [[10, 11]]
+    batches.deal(0, 2)
+    assert [subset.tolist() for subset in batches.share(1).subsets] == [[6, 7, 8]]
+    batches.deal(1, 2)
+    assert [subset.tolist() for subset in batches.share(1).subsets] == [[9, 10, 11]]
+    assert [subset.tolist() for subset in batches.share(2).subsets] == [[15, 16, 17]]
+    with pytest.raises(TrainingError, match="cannot be read back"):
+        list(batches.share(0).subsets)

@@ -397,6 +397,20 @@ def test_loss_that_is_not_finite_stops_all_ranks_and_names_the_first(
     assert equal(state_of(made)[:2], before)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_gradient_that_is_not_finite_is_named_with_its_rank(
+    world: World, shared_folder: Path, value: float
+) -> None:
+    """The sum, which all ranks see, does not tell whose it was."""
+    made = trainer(world, shared_folder, settings())
+    name, parameter = list(made.parts.model.named_parameters())[-1]
+    if world.rank == world.size - 1:
+        parameter.register_hook(lambda gradient: gradient * value)
+    place = rf"a gradient in backward: that of {name} on rank {world.size - 1} \("
+    with pytest.raises(TrainingError, match=place):
+        made.step()
+
+
 def test_update_that_is_not_finite_can_be_skipped(world: World, shared_folder: Path) -> None:
     calls = 0
 
