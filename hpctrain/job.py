@@ -20,6 +20,7 @@ import hashlib
 import importlib.util
 import inspect
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -38,6 +39,7 @@ from hpctrain.errors import ExchangeError, JobError, MismatchError, shortened, s
 from hpctrain.grad.coded.config import CodedConfig
 from hpctrain.grad.config import ExchangeConfig
 from hpctrain.stop import StopRequest
+from hpctrain.submit.cache import ENTRY
 from hpctrain.submit.config import SubmitConfig
 from hpctrain.train.checkpoint.config import CheckpointConfig
 from hpctrain.train.checks import model_mistake
@@ -252,6 +254,9 @@ def load(path: Path, overrides: Sequence[str] = ()) -> LoadedJob:
     file = job_file.read(path, overrides)
     table, mistakes = file.table, list(file.mistakes)
     job = read(Job, table, "", mistakes)
+    if job and job.submit.deps and ENTRY not in os.environ:  # which nodes of a cluster have
+        packages = str(Path(job.submit.deps).resolve())
+        sys.path[:0] = [packages] if packages not in sys.path else []
     _check_sizes(table.get("train"), mistakes)
     optimizer = table.get("optimizer", {})
     if isinstance(optimizer, Mapping):

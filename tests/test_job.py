@@ -4,6 +4,7 @@ import datetime
 import json
 import os
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -85,6 +86,20 @@ def test_three_lines_are_a_job(write: Write) -> None:
     loaded = job.load(write())
     assert (loaded.name, loaded.job.module, loaded.job.train.steps) == ("mine", "work.py", 10)
     assert loaded.job.settings.train is loaded.job.train
+
+
+def test_packages_of_a_job_are_found(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In their folder, or where a node keeps its copy."""
+    path = write(JOB + '[submit]\ndeps = "deps"\n', "import hpctrain_test_package\n" + MODULE)
+    (path.parent / "deps").mkdir()
+    (path.parent / "deps" / "hpctrain_test_package.py").touch()
+    monkeypatch.chdir(path.parent)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("HPCTRAIN_PACKAGES", "/a/copy/of/a/node")
+    with pytest.raises(JobError, match="No module named 'hpctrain_test_package'"):
+        job.load(path)
+    monkeypatch.delenv("HPCTRAIN_PACKAGES")
+    job.load(path)
 
 
 def test_module_may_be_named_without_suffix_and_import_its_neighbours(write: Write) -> None:

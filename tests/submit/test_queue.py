@@ -100,7 +100,7 @@ def test_what_slurm_refuses_and_mistakes_of_the_job(cluster: Launch) -> None:
 
 def test_without_slurm(launch: Launch) -> None:
     launch.job(MODULE, KEYS, name="digits")
-    ended = launch(0, *SUBMIT, PATH=str(Path(os.sep, "bin")))
+    ended = launch(0, *SUBMIT, PATH=str(launch.folder))
     assert ended.status == 3
     assert "there is no sbatch here" in ended.err
 
