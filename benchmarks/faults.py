@@ -214,7 +214,7 @@ def stop(bench: Bench) -> Outcome | None:
     begun_s = time.monotonic()
     ended = bench.ended(process)
     took_s = time.monotonic() - begun_s
-    is_named = f"missing: rank {bench.victim} " in ended.stderr
+    is_named = f"no answer: rank {bench.victim} " in ended.stderr
     ok = is_named and ended.returncode != 0 and took_s <= DEADLINE_S + 2
     return {"took_s": took_s, "ok": ok}
 
@@ -239,9 +239,13 @@ def signals(bench: Bench) -> Outcome | None:
 
 
 def corruption(bench: Bench, count: int) -> Iterator[Outcome]:
-    """Damage the newest checkpoint of the undisturbed run in many ways, one at a time."""
+    """Damage the newest checkpoint of a run in many ways, one at a time.
+
+    Of one rank, which reads all files of it.
+    """
+    assert bench.ended(bench.start(bench.new_run(), ranks=1)).returncode == 0
     arguments = [sys.executable, __file__, "--worker", "corruption"]
-    whole = [*arguments, str(bench.folder / "run-1" / "checkpoints"), str(count)]
+    whole = [*arguments, str(bench.run / "checkpoints"), str(count)]
     told = subprocess.run(whole, capture_output=True, text=True, check=True).stdout
     yield from json.loads(told.splitlines()[-1])
 
