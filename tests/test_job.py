@@ -350,7 +350,7 @@ def test_module_in_place_of_the_job_file_is_told(write: Write) -> None:
     assert "fix: give the .toml whose `module` is work.py" in text
 
 
-@pytest.mark.parametrize("name", ["x" * 5000, "a\\u0000b", "/dev/zero", "../work/..", "\\u001b[2J"])
+@pytest.mark.parametrize("name", ["x" * 5000, "a\\u0000b", "/dev/zero", "../up/..", "\\u001b[2J"])
 def test_odd_names_of_modules_are_told(write: Write, name: str) -> None:
     text = mistakes(write(JOB.replace("work.py", name)))
     assert "module: there is no " in text
