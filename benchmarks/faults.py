@@ -169,11 +169,21 @@ def digest(run: Path) -> bytes:
 Outcome = dict[str, Any]
 
 
+def struck(
+    bench: Bench, number: int, *options: str, ranks: int = RANKS, sets: tuple[str, ...] = ()
+) -> subprocess.Popen[str] | None:
+    """A launch of which a random rank was just signalled; None if it was over before."""
+    process = bench.start(bench.new_run(), *options, ranks=ranks, sets=sets)
+    if bench.in_training(process) and bench.kill(number):
+        return process
+    bench.ended(process)
+    return None
+
+
 def kill_portable(bench: Bench) -> Outcome | None:
-    """One kill; None if the run was over before."""
-    process = bench.start(bench.new_run())
-    if not bench.in_training(process) or not bench.kill(signal.SIGKILL):
-        bench.ended(process)
+    """One kill; None if the run was over before, as with all of these."""
+    process = struck(bench, signal.SIGKILL)
+    if process is None:
         return None
     begun_s = time.monotonic()
     ended = bench.ended(process)
@@ -184,9 +194,8 @@ def kill_portable(bench: Bench) -> Outcome | None:
 
 def kill_ulfm(bench: Bench) -> Outcome | None:
     """One kill where survivors live."""
-    process = bench.start(bench.new_run(), "--with-ft", "ulfm", ranks=RANKS + 1)
-    if not bench.in_training(process) or not bench.kill(signal.SIGKILL):
-        bench.ended(process)
+    process = struck(bench, signal.SIGKILL, "--with-ft", "ulfm", ranks=RANKS + 1)
+    if process is None:
         return None
     begun_s = time.monotonic()
     metrics, took_s = bench.run / "metrics.jsonl", float("inf")
@@ -207,9 +216,8 @@ def kill_ulfm(bench: Bench) -> Outcome | None:
 def stop(bench: Bench) -> Outcome | None:
     """One rank that stands still."""
     sets = (f"exchange.deadline_s={DEADLINE_S}", "train.steps=100000")
-    process = bench.start(bench.new_run(), sets=sets)
-    if not bench.in_training(process) or not bench.kill(signal.SIGSTOP):
-        bench.ended(process)
+    process = struck(bench, signal.SIGSTOP, sets=sets)
+    if process is None:
         return None
     begun_s = time.monotonic()
     ended = bench.ended(process)

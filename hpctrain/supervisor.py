@@ -245,9 +245,7 @@ class _Household:
             if number == signal.SIGINT and come.si_code == _FROM_KERNEL:
                 continue  # the launcher has got it too, and would take a second one for impatience
             if number == signal.SIGTERM and self._is_batch:
-                number = (
-                    signal.SIGUSR1
-                )  # mpirun would end its ranks at once instead of telling them
+                number = signal.SIGUSR1  # at the other, mpirun ends its ranks without telling them
             self._launcher.send_signal(number)
 
     def _end_all(self) -> None:

@@ -5,12 +5,6 @@ Once: what is started again after it, in the same folder, lives.
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
-import torch
-from safetensors.torch import load_file
-
 PLACES = ("compute", "exchange", "evaluation", "save")
 MODULE = """
 import atexit, hashlib, os, signal, time
@@ -69,18 +63,3 @@ exchange = { block_bytes = 1, deterministic = true, deadline_s = 30 }
 checkpoint = { every = 3 }
 run = { report = false, log_every = 5 }
 """
-
-
-def parameters(run: Path) -> dict[str, torch.Tensor]:
-    """The model at the end of a run."""
-    newest = sorted(run.glob("checkpoints/step-*"))[-1]
-    state: dict[str, torch.Tensor] = load_file(newest / "model.safetensors")
-    return state
-
-
-def losses(run: Path) -> dict[int, float]:
-    """By step; each must be there once."""
-    entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    pairs = [(entry["step"], entry["loss"]) for entry in entries if "loss" in entry]
-    assert len(pairs) == len(dict(pairs))
-    return dict(pairs)

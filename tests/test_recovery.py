@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from dying import KEYS, MODULE, PLACES, losses, parameters
+from dying import KEYS, MODULE, PLACES
+from left_behind import losses, parameters
 
 from hpctrain.world import join
 

@@ -200,15 +200,13 @@ class CodedTrainer(Trainer):
         with self._phase("optimizer"):
             norm = self._update(torch.tensor(coded.loss))
         self.step_number = coded.step_number
-        self._figures.pending.append(
+        self.recording.figures.pending.append(
             StepFigures(coded.loss, norm, coded.exposed_s, now_s() - begun_s)
         )
         if self.settings.coded.deadline_s and self.world.is_root:
             error = coded.error / norm if norm else 0.0
             self._exactness.add(self.step_number, coded.covered, error)
-        late = LATE_STEPS if self.world.is_root else 0
-        if self._session_steps() >= self.settings.run.trace_steps + late:
-            self.world.trace.active = False
+        self.recording.step_ended(self.step_number, LATE_STEPS if self.world.is_root else 0)
         return True
 
     @torch.no_grad()
@@ -295,7 +293,7 @@ class CodedTrainer(Trainer):
         """The figures of rank 0, which all others take the same time for, as if of all ranks."""
         rows = [
             (f.loss, *(self.world.size * v for v in (f.gradient_norm, f.exposed_s, f.step_s)))
-            for f in self._figures.pending
+            for f in self.recording.figures.pending
         ]
         return np.array(rows)
 

@@ -121,11 +121,12 @@ class Console:
         stream: where to; standard error by default, so that output can be piped away.
 
     Attributes:
+        speaks: whether this rank shows anything; may be set.
         live: whether there is a bar; found out, and may be set.
     """
 
     def __init__(self, speaks: bool, line_s: float = 0.0, stream: TextIO | None = None) -> None:
-        self._speaks = speaks
+        self.speaks = speaks
         self._line_s = line_s
         self._stream = stream or sys.stderr or io.StringIO()
         is_terminal = self._stream.isatty()
@@ -136,7 +137,7 @@ class Console:
 
     def progress(self, progress: Progress) -> None:
         """Show how far the run is."""
-        if not self._speaks:
+        if not self.speaks:
             return
         if self.live:
             bar = progress_bar(progress, terminal_columns(self._stream, self._terminal))
@@ -154,7 +155,7 @@ class Console:
 
     def say(self, text: str) -> None:
         """Show a line, above the bar if there is one."""
-        if not self._speaks:
+        if not self.speaks:
             return
         clear = "\r\x1b[K" if self._bar_shown else ""
         self._bar_shown = False

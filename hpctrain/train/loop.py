@@ -6,8 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, astuple, replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +17,18 @@ from torch import nn
 from hpctrain.comm.channel import Channel, Ticket
 from hpctrain.comm.collect import all_gather, all_sum, barrier_on, broadcast, figures_of_all
 from hpctrain.comm.engine import engine_of
-from hpctrain.comm.measure import clock_offset
 from hpctrain.data.batches import Batches, MapStyle, is_indexed
 from hpctrain.data.generators import generator_state, restore_generators, seed_generators
 from hpctrain.errors import JobError, RankDiedError, StoppedError, TrainingError
 from hpctrain.grad.accumulate import accumulate
 from hpctrain.grad.blocks import Block, gradient_norm
 from hpctrain.grad.data_parallel import DataParallel
-from hpctrain.records import StepMark
 from hpctrain.stop import StopRequest
 from hpctrain.trace import now_s
 from hpctrain.train import resume
 from hpctrain.train.checkpoint.loading import load_newest
 from hpctrain.train.checkpoint.manifest import step_of
-from hpctrain.train.checkpoint.saver import Saved, Saver
+from hpctrain.train.checkpoint.saver import Saver
 from hpctrain.train.checkpoint.store import complete_names
 from hpctrain.train.checks import (
     check_same_data,
@@ -39,17 +36,19 @@ from hpctrain.train.checks import (
     loss_mistake,
     refused_exits,
 )
-from hpctrain.train.console import Console, Progress, RankLog
+from hpctrain.train.console import Console, RankLog
 from hpctrain.train.device import device_of, moved
+from hpctrain.train.finite import bad_parameter, first_not_finite
 from hpctrain.train.inject import Injection
 from hpctrain.train.interrupt import told_when_interrupted
-from hpctrain.train.metrics import Figures, Metrics, StepFigures
+from hpctrain.train.metrics import StepFigures
 from hpctrain.train.optimizer import build_optimizer
+from hpctrain.train.recording import Recording
 from hpctrain.train.resume import BuffersBefore
-from hpctrain.train.run_folder import files_of, open_run
+from hpctrain.train.run_folder import open_run
 from hpctrain.train.sample import show_sample
 from hpctrain.train.settings import Parts, Settings
-from hpctrain.train.standing import Standing, summed, together
+from hpctrain.train.standing import Standing, together
 from hpctrain.world import World, tells_of_deaths
 
 _log = logging.getLogger("hpctrain")
@@ -98,7 +97,6 @@ class Trainer:
         self.world = world
         self.parts = parts
         self.settings = settings
-        self.facts = facts
         self.before_step = BuffersBefore(parts.model) if self.may_recover else None
         """Where a step may have to be taken again."""
         self.control = engine_of(world).control
@@ -134,21 +132,18 @@ class Trainer:
         seed_generators(settings.seed + 1 + world.rank)
 
         self._fresh = fresh
-        self.opened = open_run(self.control, parent, facts, chosen, fresh, train.steps)
-        self.run_folder = self.opened.folder
-        with files_of(self.run_folder, world.name_of(world.rank)):
-            self._log = RankLog(self.run_folder.log(world.rank), world, self.console)
-        for note in self.opened.notes:
-            _log.warning(note)
+        opened = open_run(self.control, parent, facts, chosen, fresh, train.steps)
+        self.run_folder = opened.folder
+        self.recording = Recording(
+            world, settings, facts, opened, self.console, base_rate=self._rates[0]
+        )
         try:
             self._resume()
         except BaseException:
-            self.opened.release()
-            self._log.close()
+            self.recording.abandon()
             raise
         self._open_saver()
-        self._started_at = self.step_number
-        self.injection.strikes = self._started_at == 0
+        self.injection.strikes = self.step_number == 0
         self._loss_checked = False
         self._saved_at = self._evaluated_at = -1
         self._stop = stop or StopRequest()
@@ -156,7 +151,6 @@ class Trainer:
         """Of all ranks, in the present step: the loss of each, and whether it was told to stop."""
         self._stops = False
         """Whether all ranks know that the run is to end here."""
-        self._figures = Figures(self.step_number)
         self._was_cut_off = False
         """Whether others died, maybe before all was done that belongs to the last step."""
         self._taken: tuple[int, torch.Tensor] = (0, torch.zeros(()))
@@ -164,33 +158,13 @@ class Trainer:
         self._block_norms: list[float] = []
         self._late_norms: list[float] = []
         self._log_every = settings.run.log_every or max(1, train.steps // 100)
-        self._metrics: Metrics | None = None
-        self._mark: StepMark | None = None
-        self._begin_session()
-        self._begun_s = now_s()
+        self.recording.begin(self.control, self.step_number)
         self._say_hello()
 
     @property
     def may_recover(self) -> bool:
         """Whether the ranks that are left go on when others die; see train.recovery."""
         return self.world.size > 1 and tells_of_deaths(os.environ)
-
-    def _begin_session(self) -> None:
-        """Begin to record. Collective."""
-        world, run = self.world, self.settings.run
-        if world.is_root:
-            if self._metrics:
-                self._metrics.close()
-            at_end = self.step_number == self.settings.train.steps  # which is evaluated again
-            with files_of(self.run_folder, world.name_of(world.rank)):
-                self._mark = self._mark or StepMark(self.run_folder.path)
-                self.run_folder.begin_session({**self.facts, **self._surroundings()})
-                self._metrics = Metrics(self.run_folder, run.tensorboard, self.step_number, at_end)
-        world.trace.offset_s = clock_offset(self.control)
-        self._traces_until = self.step_number + run.trace_steps
-        if run.trace_steps:
-            with files_of(self.run_folder, world.name_of(world.rank)):
-                world.trace.open(self.run_folder.trace(world.rank), world.rank)
 
     def _computing_ranks(self) -> Sequence[int]:
         return range(self.world.size)
@@ -309,17 +283,17 @@ class Trainer:
             subsets = self._in_phase("data", on_device)
         accumulate(self.parallel, subsets, len(share.sizes), backward)
 
-        vote = figures_of_all(float(loss), self._stop.has_come)
+        own_loss = float(loss)
+        vote = figures_of_all(own_loss, self._stop.has_come)
         self._vote = self.control.post(vote, "loss, and whether to stop")
         with self._phase("optimizer"):
             norm = self._update(loss)
             self.optimizer.zero_grad(set_to_none=True)
         self.step_number += 1
-        self._figures.pending.append(
-            StepFigures(float(loss), norm, self.parallel.exchange.exposed_s, now_s() - begun_s)
+        self.recording.figures.pending.append(
+            StepFigures(own_loss, norm, self.parallel.exchange.exposed_s, now_s() - begun_s)
         )
-        if self.step_number >= self._traces_until:
-            self.world.trace.active = False
+        self.recording.step_ended(self.step_number)
         return True
 
     @torch.no_grad()
@@ -354,12 +328,8 @@ class Trainer:
 
     def _tell(self, figures: dict[str, float]) -> dict[str, float]:
         """Record and show the figures of an evaluation."""
-        if self._metrics:
-            self._metrics.write(self.step_number, validation=figures)
-            self._metrics.flush()
+        self.recording.evaluation(self.step_number, figures)
         self._evaluated_at = self.step_number
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
-        self.console.say(f"step {self.step_number}  validation {shown}")
         return figures
 
     def _is_told_to_stop(self) -> bool:
@@ -367,7 +337,7 @@ class Trainer:
         if self._vote:
             losses, are_told = engine_of(self.world).wait(self._vote).T
             self._vote = None
-            self._figures.losses[self.step_number] = float(losses.sum())
+            self.recording.figures.losses[self.step_number] = float(losses.sum())
             self._stops |= bool(are_told.any())
         return self._stops
 
@@ -418,7 +388,7 @@ class Trainer:
                 updates_in_forward=self.settings.exchange.next_forward,
             )
         self._saved_at = self.step_number
-        self._record_saved(saved)
+        self.recording.checkpoint(self.step_number, saved)
 
     def finish_saving(self) -> None:
         """Wait until the checkpoint in the making is written.
@@ -426,11 +396,7 @@ class Trainer:
         Raises:
             CheckpointError: on all ranks, when it could not be.
         """
-        self._record_saved(self._saver.finish())
-
-    def _record_saved(self, saved: Saved | None) -> None:
-        if saved and self._metrics:
-            self._metrics.write(self.step_number, checkpoint=asdict(saved))
+        self.recording.checkpoint(self.step_number, self._saver.finish())
 
     def show_sample(self) -> None:
         """Print what the job's `sample` makes of the trained model, on the root. Not collective."""
@@ -450,8 +416,7 @@ class Trainer:
     def _begin_step(self) -> int:
         """The number of the step that begins, which is written down."""
         self.world.position.step = step = self.step_number + 1
-        if self._mark:
-            self._mark.set(step)
+        self.recording.step_begins(step)
         if self.before_step:
             later = self.parallel.exchange.later
             if later:
@@ -536,30 +501,19 @@ class Trainer:
 
     def _not_finite(self, loss: torch.Tensor) -> str:
         """Whose loss was not finite, if any. Collective."""
-        world = self.world
-        losses = all_gather(self.control, float(loss), label="search for a loss not finite")
-        bad = [world.name_of(r) for r, value in enumerate(losses) if not math.isfinite(value)]
-        if bad:
-            return f"the loss of {', '.join(bad)}"
-        if self.settings.train.nonfinite == "stop" and not self.settings.exchange.next_forward:
-            found = all_gather(self.control, self._bad_gradient(), label="search for a gradient")
-            bad = [f"that of {name} on {world.name_of(r)}" for r, name in enumerate(found) if name]
-        return "no loss, but a gradient in backward" + (f": {', '.join(bad)}" if bad else "")
+        is_fatal = self.settings.train.nonfinite == "stop"
+        can_search = is_fatal and not self.settings.exchange.next_forward
+        search = self._bad_gradient if can_search else None
+        return first_not_finite(self.control, self.world, float(loss), search)
 
     def _bad_gradient(self) -> str:
-        """The parameter whose gradient on this rank alone is not finite, if it is so once more.
-
-        All gradients of the step are lost by then, and the state of generators and buffers: the run
-        is to end. Not collective.
-        """
-        parameters = list(self.parts.model.named_parameters())
-        with suppress(Exception), self.parallel.no_sync():  # as with data that is read but once
-            self.optimizer.zero_grad(set_to_none=True)
-            for subset in self.batches.share(self.step_number).subsets:
-                self.parts.loss(self.model, moved(subset, self.device)).backward()
-            bad = (n for n, p in parameters if p.grad is not None and not p.grad.isfinite().all())
-            return next(bad, "")
-        return ""
+        """The parameter whose gradient on this rank alone is not finite, if it is so once more."""
+        subsets = self.batches.share(self.step_number).subsets
+        with self.parallel.no_sync():
+            return bad_parameter(
+                self.parts.model,
+                (self.parts.loss(self.model, moved(subset, self.device)) for subset in subsets),
+            )
 
     def _clip(self, norm: float) -> None:
         limit = self.settings.train.clip_norm
@@ -590,8 +544,9 @@ class Trainer:
 
     def undo_step(self) -> None:
         """The last step does not count: parameters are those before it. Not collective."""
-        self._figures.losses.pop(self.step_number, None)
-        self._figures.pending.pop()
+        figures = self.recording.figures
+        figures.losses.pop(self.step_number, None)
+        figures.pending.pop()
         self.step_number -= 1
 
     def standing(self, rank: int) -> Standing:
@@ -600,7 +555,7 @@ class Trainer:
             rank=rank,
             step=self.step_number,
             weight=self.batches.share(0).weight,
-            figures=self._figures,
+            figures=self.recording.figures,
             has_checked=self._loss_checked,
             stops=self._stops,
         )
@@ -608,7 +563,7 @@ class Trainer:
     def stand_with(self, standings: Sequence[Standing], step: int) -> None:
         """All ranks that are left have taken so many steps. Not collective."""
         self.step_number = step
-        self._figures = together(standings, step)
+        self.recording.figures = together(standings, step)
         self._block_norms, self._late_norms = [], []
         self._vote = None
         self._loss_checked = all(each.has_checked for each in standings)
@@ -622,37 +577,15 @@ class Trainer:
 
     def record_anew(self) -> None:
         """Record as those that are left, and what the dead have not recorded. Collective."""
-        world = self.world
-        was_live = self.console.live
-        self.console.finish()
-        self.console = Console(speaks=world.is_root, line_s=self.settings.run.line_s)
-        self.console.live = was_live
-        self._log.close()
-        self._log = RankLog(self.run_folder.log(world.rank), world, self.console)
-        if world.is_root and self.opened.lock is None:
-            self.opened = self.opened.taken_over()
+        is_evaluated = self.recording.begin_anew(self.world, self.control, self.step_number)
         self._open_saver()
-        names = complete_names(self.run_folder.checkpoints) if world.is_root else []
+        names = complete_names(self.run_folder.checkpoints) if self.world.is_root else []
         saved_at = step_of(names[0]) if names else -1
-        self._saved_at = broadcast(self.control, saved_at, label="last checkpoint")
-        self._begin_session()
-        figures = self._figures
-        first = figures.reported_at - len(figures.reported) + 1
-        for step, row in enumerate(figures.reported, first):
-            if self._metrics and step not in self._metrics.recorded:
-                self._record(step, summed(row, world.size))
-        is_evaluated = self._metrics is not None and self.step_number in self._metrics.evaluated
-        if broadcast(self.control, is_evaluated, label="last evaluation"):
+        done = broadcast(self.control, (saved_at, is_evaluated), label="what is done already")
+        self._saved_at, is_evaluated = done
+        if is_evaluated:
             self._evaluated_at = self.step_number
         self._report()
-
-    def record_recovery(self, took_s: float, text: str) -> None:
-        """Tell that ranks died and how long it took to go on without them. Not collective."""
-        if self._metrics:
-            ranks = self.world.size
-            self._metrics.write(self.step_number, recovery={"recovery_s": took_s, "ranks": ranks})
-            self._metrics.flush()
-        _log.warning(text)
 
     # ------------------------------------------------------------------ around the steps
 
@@ -689,26 +622,10 @@ class Trainer:
         self.parallel.check_in_sync()
 
     def _say_hello(self) -> None:
-        world, train = self.world, self.settings.train
-        parameters = sum(p.numel() for p in self.parts.model.parameters())
-        _log.info(
-            "%d parameters, %d of %d steps to go",
-            *(parameters, train.steps - self.step_number, train.steps),
-        )
         data: Any = self.parts.train_data
-        if world.is_root and is_indexed(data) and len(data) < train.batch:
-            _log.warning(
-                "a batch of %d takes samples of the %d several times", train.batch, len(data)
-            )
-        if world.is_root and world.split_machines:
-            _log.warning(
-                "%s: the MPI library says that ranks of one machine share no memory, so that "
-                "gradients between them travel as messages; another launcher may help",
-                ", ".join(world.split_machines),
-            )
-        self.console.say(
-            f"{parameters:,} parameters, {world.size} rank(s) on {len(world.nodes)} node(s), "
-            f"{world.library}; run folder {self.run_folder.path}"
+        self.recording.hello(
+            sum(parameter.numel() for parameter in self.parts.model.parameters()),
+            len(data) if is_indexed(data) else None,
         )
         if self.injection.text:
             self.console.say(self.injection.text)
@@ -730,17 +647,6 @@ class Trainer:
             f"{step_of(names[0])}{lost}: start the same command {again} to continue"
         )
 
-    def _surroundings(self) -> dict[str, Any]:
-        world = self.world
-        return {
-            "ranks": world.size,
-            "nodes": [world.seats[ranks[0]].host for ranks in world.nodes],
-            "mpi": world.library,
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-            "resumed_at": self.step_number,
-        }
-
     def _own_s(self) -> float:
         """A clock of what this rank does itself: it stands still while it waits for blocks."""
         if self.device.type == "cuda":
@@ -748,37 +654,13 @@ class Trainer:
         later = self.parallel.exchange.later
         return now_s() - (later.waited_s if later else 0.0)
 
-    def _session_steps(self) -> int:
-        return self.step_number - self._started_at
-
     def _report(self) -> None:
         """Bring the figures of the last steps together, record them and show how far the run is."""
-        if not self._figures.pending:
-            return
-        self.world.position.phase = "report"
-        sums = self._sum_figures()
-        first = self.step_number - len(sums) + 1
-        self._figures.report(self.step_number, sums, self.world.size)
-        self.world.trace.flush()
-        if not self._metrics:
-            return
-        for step, row in enumerate(sums, first):
-            self._record(step, StepFigures(*map(float, row)))
-        self._metrics.flush()
-        mean = StepFigures(*map(float, sums.mean(axis=0)))
-        left = self.settings.train.steps - self.step_number
-        self.console.progress(
-            Progress(
-                step=self.step_number,
-                steps=self.settings.train.steps,
-                loss=mean.loss,
-                samples_per_s=self._samples_per_s(mean),
-                exposed=mean.exposed_s / mean.step_s,
-                left_s=(now_s() - self._begun_s) / self._session_steps() * left,
-            )
-        )
+        if self.recording.figures.pending:
+            self.world.position.phase = "report"
+            self.recording.report(self.step_number, self._sum_figures(), self._more_figures)
 
-    def _more_figures(self, step: int) -> dict[str, float]:
+    def _more_figures(self, step: int) -> Mapping[str, float]:
         """What else is written down of a step."""
         del step
         return {}
@@ -786,45 +668,18 @@ class Trainer:
     def _sum_figures(self) -> np.ndarray:
         """The figures of the last steps, one row a step, added up over ranks. Collective."""
         self.parallel.wait_for_gradients()  # a report is a meeting of all ranks anyway
+        pending = self.recording.figures.pending
         for place, norm in enumerate(self._late_norms):
-            self._figures.pending[place] = replace(self._figures.pending[place], gradient_norm=norm)
+            pending[place] = replace(pending[place], gradient_norm=norm)
         self._late_norms = []
-        mine = np.array([astuple(figures) for figures in self._figures.pending])
+        mine = np.array([astuple(figures) for figures in pending])
         return all_sum(self.control, mine, label="metrics")
-
-    def _record(self, step: int, total: StepFigures) -> None:
-        """Write down the figures of a step, added up over ranks."""
-        assert self._metrics
-        ranks, schedule = self.world.size, self.settings.schedule
-        self._metrics.write(
-            step,
-            loss=total.loss,
-            gradient_norm=total.gradient_norm / ranks,
-            rate=self._rates[0] * schedule.factor(step - 1, self.settings.train.steps),
-            samples_per_s=self._samples_per_s(total),
-            step_s=total.step_s / ranks,
-            exposed_s=total.exposed_s / ranks,
-            **self._more_figures(step),
-        )
-
-    def _samples_per_s(self, total: StepFigures) -> float:
-        return self.settings.train.batch * self.world.size / total.step_s
 
     def _close(self, is_finished: bool = True) -> None:
         self.world.position.phase = "closing"
         self.finish_saving()
         self.console.finish()
-        progress = self._part()
-        self.world.trace.close()
-        self._log.close()
-        if self._mark:
-            self._mark.close()
-        if self._metrics:
-            self._metrics.close()
-            self.run_folder.write_facts(
-                finished=is_finished, seconds=now_s() - self._begun_s, progress=progress
-            )
-        self.opened.release()
+        self.recording.close(is_finished, self._part())
 
     def _part(self) -> str:
         """Wait for the other ranks; how blocks were moved. Collective."""

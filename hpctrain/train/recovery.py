@@ -61,7 +61,8 @@ def _recover(trainer: Trainer) -> None:
             except RankDiedError as another:
                 _log.warning("while ranks were joining again: %s", another)
     trainer.world.trace.add(COMPUTE, "recovery", begun_s, now_s(), step=trainer.step_number)
-    trainer.record_recovery(took_s, _text(before, trainer.world, step, trainer.step_number, took_s))
+    text = _text(before, trainer.world, step, trainer.step_number, took_s)
+    trainer.recording.recovery(trainer.step_number, took_s, text)
 
 
 def _text(

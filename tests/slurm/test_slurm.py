@@ -6,11 +6,10 @@ import json
 import os
 import signal
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
+from left_behind import Undisturbed, assert_same_parameters
 
 from hpctrain.submit.launcher import family_of
 from hpctrain.world import library_name, load_mpi
@@ -38,27 +37,15 @@ IN_TRAINING = "samples/s"
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "PREEMPTED", "NODE_FAIL", "OUT_OF_MEMORY")
 
 
-def parameters(run: Path) -> dict[str, torch.Tensor]:
-    """Of the newest checkpoint."""
-    newest = max(run.glob("checkpoints/step-*"))
-    return load_file(newest / "model.safetensors")
+def undisturbed_of(undisturbed: Undisturbed, launch: Launch, seed: int = 1) -> dict[str, Any]:
+    """Parameters at the end of a run without Slurm."""
 
+    def run(folder: Path) -> None:
+        seeded = ("--set", f"seed={seed}", "--run-dir", folder)
+        ended = launch(2, "-m", "hpctrain", "run", MAIN_JOB, *SET, *seeded)
+        assert ended.status == 0, ended.err
 
-class Undisturbed:
-    """Parameters at the end of runs without Slurm, by seed."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._known: dict[int, dict[str, torch.Tensor]] = {}
-
-    def of(self, launch: Launch, seed: int = 1) -> dict[str, torch.Tensor]:
-        if seed not in self._known:
-            run = self._folder / str(seed)
-            seeded = ("--set", f"seed={seed}", "--run-dir", run)
-            ended = launch(2, "-m", "hpctrain", "run", MAIN_JOB, *SET, *seeded)
-            assert ended.status == 0, ended.err
-            self._known[seed] = parameters(run)
-        return self._known[seed]
+    return undisturbed.of(seed, run)
 
 
 @pytest.fixture(scope="session")
@@ -66,19 +53,10 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     return Undisturbed(tmp_path_factory.mktemp("undisturbed"))
 
 
-def assert_equal(run: Path, expected: dict[str, torch.Tensor]) -> None:
-    found = parameters(run)
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert torch.equal(value, found[name]), name
-
-
-def assert_completed(
-    slurm: SlurmBox, job: Job, expected: dict[str, torch.Tensor]
-) -> dict[str, str]:
+def assert_completed(slurm: SlurmBox, job: Job, expected: dict[str, Any]) -> dict[str, str]:
     facts = slurm.wait(job.number, *ENDED)
     assert facts["JobState"] == "COMPLETED", job.told
-    assert_equal(job.run, expected)
+    assert_same_parameters(job.run, expected)
     return facts
 
 
@@ -91,7 +69,7 @@ def test_by_srun_on_one_node(
     told = slurm("sh", "-c", f"srun --mpi={kind} --test-only true 2>&1", check=False)
     if "Invalid MPI type" in told:
         pytest.skip(f"srun's {kind} does not load here: apt-get install libpmix-dev")
-    expected = undisturbed.of(launch)
+    expected = undisturbed_of(undisturbed, launch)
     job = submitted(MAIN_JOB, *TWO_RANKS, *SET)
     facts = assert_completed(slurm, job, expected)
     assert facts["Restarts"] == "0"
@@ -103,7 +81,7 @@ def test_on_two_nodes(
     slurm: SlurmBox, submitted: Submitter, launch: Launch, undisturbed: Undisturbed
 ) -> None:
     """By mpirun with Open MPI: two nodes on one machine are one too many for srun's pmix."""
-    expected = undisturbed.of(launch)
+    expected = undisturbed_of(undisturbed, launch)
     library = library_name(load_mpi().Get_library_version())
     launcher = "mpirun" if family_of(library) == "Open MPI" else "srun"
     options = ("--nodes", "2", "--ntasks-per-node", "1", "--set", f"submit.launcher={launcher}")
@@ -117,7 +95,7 @@ def test_on_two_nodes(
 def test_preempted_job_goes_on_where_it_was(
     slurm: SlurmBox, submitted: Submitter, launch: Launch, undisturbed: Undisturbed
 ) -> None:
-    expected = undisturbed.of(launch)
+    expected = undisturbed_of(undisturbed, launch)
     job = submitted(MAIN_JOB, *TWO_RANKS, "--partition", "scavenge", *LONG)
     job.wait_for(IN_TRAINING)
     wants_all = ("--nodes=4", "--exclusive", "--time=1", "--output=/dev/null", "--wrap=true")
@@ -130,12 +108,21 @@ def test_preempted_job_goes_on_where_it_was(
 
 
 @pytest.mark.any_mpi
-def test_job_that_reaches_its_time_limit_goes_on(
-    slurm: SlurmBox, submitted: Submitter, launch: Launch, undisturbed: Undisturbed
+@pytest.mark.parametrize("by_slurm", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_job_that_is_warned_of_its_time_limit_goes_on(
+    slurm: SlurmBox,
+    submitted: Submitter,
+    launch: Launch,
+    undisturbed: Undisturbed,
+    by_slurm: bool,
 ) -> None:
-    """Slurm warns up to a minute too early: with these, after a few seconds."""
-    expected = undisturbed.of(launch)
-    job = submitted(MAIN_JOB, *TWO_RANKS, "--time", "2", "--set", "submit.warning_s=110", *LONG)
+    """Slurm warns up to a minute too early: here, in the first minute. Else it is told to."""
+    expected = undisturbed_of(undisturbed, launch)
+    slower = ("--time", "2", "--set", "submit.warning_s=110", "--set", "inject.factor=60")
+    job = submitted(MAIN_JOB, *TWO_RANKS, *LONG, *(slower if by_slurm else ()))
+    if not by_slurm:
+        job.wait_for(IN_TRAINING)
+        slurm("scancel", "--batch", "--signal=USR1", job.number)
     job.wait_for("told to end: saved at step")
     job.wait_for("restart 1, on n")
     slurm("scontrol", "update", f"JobId={job.number}", "TimeLimit=10")
@@ -157,12 +144,12 @@ def test_cancelled_job_is_saved_and_over(slurm: SlurmBox, submitted: Submitter) 
 def test_tasks_of_an_array_keep_apart(
     slurm: SlurmBox, submitted: Submitter, launch: Launch, undisturbed: Undisturbed
 ) -> None:
-    expected = {seed: undisturbed.of(launch, seed) for seed in (1, 2)}
+    expected = {seed: undisturbed_of(undisturbed, launch, seed) for seed in (1, 2)}
     job = submitted(MAIN_JOB, *TWO_RANKS, "--array", "1-2", *SET)
     for task in expected:
         facts = slurm.wait(f"{job.number}_{task}", *ENDED)
         assert facts["JobState"] == "COMPLETED"
-        assert_equal(job.run.with_name(f"{job.run.name}_{task}"), expected[task])
+        assert_same_parameters(job.run.with_name(f"{job.run.name}_{task}"), expected[task])
         assert job.log.with_name(f"slurm-{job.number}_{task}.log").exists()
 
 

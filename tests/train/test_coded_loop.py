@@ -329,7 +329,7 @@ def test_resumed_run_ends_with_the_bits_of_one_that_was_not_interrupted(
         first.step()
     first.save()
     first.finish_saving()
-    first.opened.release()
+    first.recording.opened.release()
     first.coded.end()
     barrier_on(first.control)
     second = make("run")
@@ -386,6 +386,6 @@ def test_rescue_does_not_fight_with_a_writer_at_work(
         assert {path.name for path in folder.iterdir()} == {
             *("latest", "step-000000002", "step-000000003")
         }
-    trainer.opened.release()
+    trainer.recording.opened.release()
     trainer.coded.end()
     barrier_on(trainer.control)

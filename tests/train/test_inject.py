@@ -406,11 +406,11 @@ def test_resumed_run_is_not_struck_again(make: Make, world: World) -> None:
         first.step()
     first.save()
     first.finish_saving()
-    first.opened.release()
+    first.recording.opened.release()
     world.comm.Barrier()
     second = make("run", stall)
     assert second.step_number == 2 and not second.injection.strikes
-    second.opened.release()
+    second.recording.opened.release()
     world.comm.Barrier()
 
 

@@ -78,7 +78,7 @@ def trainer(
 def killed(made: Trainer) -> Trainer:
     """What is left of a run that did not come to its end, but to that of its last checkpoint."""
     made.finish_saving()
-    made.opened.release()
+    made.recording.opened.release()
     made.world.comm.Barrier()
     return made
 
@@ -325,7 +325,7 @@ def test_run_whose_folder_vanishes_ends_with_the_reason(
     assert made.step_number == 12
     assert not made.run_folder.path.exists()
     assert "no more spans are recorded" in caplog.text
-    made.opened.release()
+    made.recording.opened.release()
 
 
 def test_whoever_interrupts_a_write_is_told(

@@ -65,7 +65,7 @@ def make(world: World, shared_folder: Path) -> Iterator[Make]:
         model: nn.Module | None = None, settings: Settings = SETTINGS, **parts: Any
     ) -> Trainer:
         for earlier in made:
-            earlier.opened.release()
+            earlier.recording.opened.release()
         world.comm.Barrier()
         chosen = Parts(**{"model": model or net(), "train_data": points(), "loss": loss, **parts})
         job = {"optimizer": dict(settings.optimizer), "train": {"steps": settings.train.steps}}
@@ -76,8 +76,7 @@ def make(world: World, shared_folder: Path) -> Iterator[Make]:
 
     yield build
     for one in made:
-        one.opened.release()
-        one._log.close()
+        one.recording.abandon()
 
 
 def trained(made: Trainer, steps: int) -> Trainer:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from left_behind import Undisturbed, assert_same_parameters
 
 from hpctrain.world import World
 
@@ -59,25 +59,14 @@ MODES = {"allreduce": (), "coded": ("--set", "exchange.mode=coded", "--set", "co
 REQUEUE = 75
 
 
-def parameters(run: Path) -> dict[str, torch.Tensor]:
-    (newest,) = sorted(run.glob("checkpoints/step-*"))[-1:]
-    return load_file(newest / "model.safetensors")
+def undisturbed_of(mode: str, undisturbed: Undisturbed, launch: Launch) -> dict[str, torch.Tensor]:
+    """Parameters at the end of a run that nobody tells anything."""
 
+    def run(folder: Path) -> None:
+        ended = launch(2, *RUN, *MODES[mode], "--run-dir", folder)
+        assert ended.status == 0, ended.err
 
-class Undisturbed:
-    """Parameters at the end of runs that nobody told anything."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._known: dict[str, dict[str, torch.Tensor]] = {}
-
-    def of(self, mode: str, launch: Launch) -> dict[str, torch.Tensor]:
-        if mode not in self._known:
-            run = self._folder / mode
-            ended = launch(2, *RUN, *MODES[mode], "--run-dir", run)
-            assert ended.status == 0, ended.err
-            self._known[mode] = parameters(run)
-        return self._known[mode]
+    return undisturbed.of(mode, run)
 
 
 @pytest.fixture(scope="module")
@@ -122,9 +111,8 @@ def test_whoever_is_told_all_save_and_go_on(
     again = launch(2, *RUN, *options)
     assert again.status == 0, again.err
     assert f"resumed at step {step}" in again.err + again.out
-    told = parameters(launch.folder / "told")
-    for name, value in undisturbed.of(mode, launch).items():
-        assert torch.equal(value, told[name]), name
+    expected = undisturbed_of(mode, undisturbed, launch)
+    assert_same_parameters(launch.folder / "told", expected)
 
 
 @pytest.mark.any_mpi
@@ -165,9 +153,8 @@ def test_a_run_that_lost_a_rank_is_told(
     again = launch(2, *RUN, *options)
     assert again.status == 0, again.err
     assert f"resumed at step {step}" in again.err + again.out
-    told = parameters(launch.folder / "told")
-    for name, value in undisturbed.of("coded", launch).items():
-        assert torch.equal(value, told[name]), name
+    expected = undisturbed_of("coded", undisturbed, launch)
+    assert_same_parameters(launch.folder / "told", expected)
 
 
 def test_the_launcher_passes_the_word_on(launch: Launch) -> None:

@@ -297,13 +297,19 @@ def test_the_straggler_is_told_what_others_do() -> None:
     assert not clock.decide(4)
 
 
-def test_a_helper_is_asked_before_it_has_nothing_to_do() -> None:
+def one_helper_too_few() -> Clock:
+    """Worker 2 is at its first data block for 1.9 s; worker 0 helps, and worker 1 will soon."""
     clock = Clock()
     clock.join(0, 1, 2)
     clock.done(0, 0, now=1)
     clock.done(1, 2, now=1)
     clock.done(0, 1, now=1.9)
     clock.decide(1.9)
+    return clock
+
+
+def test_a_helper_is_asked_before_it_has_nothing_to_do() -> None:
+    clock = one_helper_too_few()
     assert not clock.decide(2 - 2 * AHEAD_S)
     assert clock.decide(2 - AHEAD_S / 2) == orders((Act.HELP, 1, 4), (Act.TAKEN, 2, 4))
     # It still has to finish its own, and has begun the other only then.
@@ -344,12 +350,7 @@ def test_what_a_lost_worker_was_not_alone_to_compute_is_there() -> None:
 
 
 def test_what_a_helper_has_not_begun_is_taken_back_when_it_is_there() -> None:
-    clock = Clock()
-    clock.join(0, 1, 2)
-    clock.done(0, 0, now=1)
-    clock.done(1, 2, now=1)
-    clock.done(0, 1, now=1.9)
-    clock.decide(1.9)
+    clock = one_helper_too_few()
     assert (Act.HELP, 1, 4) in {(o.act, o.worker, o.block) for o in clock.decide(2 - AHEAD_S / 2)}
     assert clock.done(2, 4, now=1.999) == orders((Act.DROP, 1, 4))
     assert clock.round.expected_s(1, 1.999) == [(3, 2.0)]
