@@ -208,6 +208,30 @@ def test_gradients_outlive_an_evaluation(world: World) -> None:
     run.end()
 
 
+@pytest.mark.parametrize("continues", [False, True])
+def test_an_evaluation_that_the_root_gives_up(world: World, continues: bool) -> None:
+    """Because another rank was told to stop; whoever still computes figures leaves with it."""
+    run = Run(world, make("perceptron"))
+    assert run.step()
+    coded = run.coded
+    if not world.is_root:
+        coded.ask_to_stop()
+
+    def is_told() -> bool:
+        return coded.is_told_to_stop or world.size == 1
+
+    def figures(block: int) -> dict[str, float]:
+        """So late that the evaluation is not complete before it is given up."""
+        coded.engine.drive(is_told if world.is_root else lambda: coded.is_over, POLL_S)
+        return {"one": 1.0}
+
+    assert coded.evaluate(2 * world.size, figures, unless=is_told) is None
+    coded.end(continues)
+    assert coded.continues is continues
+    assert coded.step_number == 1
+    barrier_on(coded.engine.control)
+
+
 # ---------------------------------------------------------------------- errors
 
 
