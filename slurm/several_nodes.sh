@@ -27,7 +27,7 @@ module load openmpi/5.0 || exit 3
 export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"
 echo "hpctrain: job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}, on $SLURM_JOB_NODELIST"
 run=runs/digits/"slurm-$SLURM_JOB_ID"
-srun --mpi=pmix --kill-on-bad-exit=1 python -m hpctrain run jobs/digits.toml --run-dir "$run" --no-live &
+python -m hpctrain run jobs/digits.toml --restarts 3 --launcher "srun --mpi=pmix --kill-on-bad-exit=1" --run-dir "$run" --no-live &
 launcher=$!
 [ -z "$told" ] || pass_on
 # A signal ends `wait`, but not yet what it waits for.

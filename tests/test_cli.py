@@ -126,6 +126,7 @@ def test_curve_is_the_same_on_any_number_of_ranks(launch: Launch) -> None:
     assert curves[2] == pytest.approx(curves[0], rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.any_mpi
 def test_killed_run_resumes_and_ends_with_the_same_bits(launch: Launch) -> None:
     command = (*HPCTRAIN, "run", JOBS / "digits.toml", "--set", "checkpoint.every=20")

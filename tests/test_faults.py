@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.launch
 
-OTHERS = [pytest.param(rank, marks=pytest.mark.any_mpi) for rank in (1, 2)]
+OTHERS = [
+    pytest.param(1, marks=[pytest.mark.any_mpi, pytest.mark.slow]),
+    pytest.param(2, marks=pytest.mark.any_mpi),
+]
 """Which rank it is matters to hpctrain's own watch; with a second MPI library, one is enough."""
 
 TRAIN = """
@@ -75,7 +78,7 @@ def test_exception_in_one_rank_ends_all_and_is_shown_first(launch: Launch) -> No
     assert_all_ended(launch.folder, 3)
 
 
-@pytest.mark.parametrize("progress", ["thread", "hooks"])
+@pytest.mark.parametrize("progress", ["thread", pytest.param("hooks", marks=pytest.mark.slow)])
 def test_rank_that_hangs_is_named_with_its_place(launch: Launch, progress: str) -> None:
     script = launch.script(training("while True: pass", deadline_s=2.0, progress=progress))
     ended = launch(3, script, limit_s=60)

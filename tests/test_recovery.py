@@ -105,7 +105,7 @@ def train_data(): return Stream()
 @pytest.mark.parametrize(
     ("place", "rank", "options"),
     [
-        ("compute", 0, ("exchange.progress='thread'",)),
+        pytest.param("compute", 0, ("exchange.progress='thread'",), marks=pytest.mark.slow),
         ("exchange", 1, ("exchange.next_forward=true",)),
         *(
             pytest.param(place, rank, options, marks=pytest.mark.slow)

@@ -54,6 +54,8 @@ class SubmitConfig:
     """Whether a run that was told to end goes back into the queue, to continue."""
     launcher: str = option("auto", choices=LAUNCHERS)
     """What starts ranks; by default what the MPI library and the cluster agree on."""
+    restarts: int = option(0, minimum=0)
+    """How often ranks are started again within a job, from the last checkpoint, when they fail."""
     survivors: bool = False
     """Whether ranks live on when others die, as coded runs can; Open MPI's mpirun only."""
     modules: list[str] = option([], pattern=_MODULE)

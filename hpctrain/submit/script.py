@@ -176,14 +176,13 @@ def _command(submission: Submission) -> str:
     sets = [word for text in submission.overrides for word in ("--set", _quoted(text))]
     if config.array:
         sets += ["--set", f'"{config.array_key}=$SLURM_ARRAY_TASK_ID"']
-    words = [
-        *(f'"{word}"' if word.startswith("$") else word for word in submission.launcher.words),
-        *(_quoted(submission.python), "-m", "hpctrain", "run", _quoted(submission.job)),
-        *sets,
-        '--run-dir "$run"',
-        "--no-live",
-    ]
-    return " ".join(words)
+    program = f"{_quoted(submission.python)} -m hpctrain run {_quoted(submission.job)}"
+    launcher = submission.launcher.words
+    if config.restarts:  # one process that starts ranks, in place of the launcher itself
+        words = [program, f'--restarts {config.restarts} --launcher "{" ".join(launcher)}"']
+    else:
+        words = [*(f'"{word}"' if word.startswith("$") else word for word in launcher), program]
+    return " ".join([*words, *sets, '--run-dir "$run"', "--no-live"])
 
 
 def _run_name(config: SubmitConfig) -> str:

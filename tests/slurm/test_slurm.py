@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
     from .conftest import Job, Submitter
 
-pytestmark = pytest.mark.launch
+pytestmark = [pytest.mark.launch, pytest.mark.xdist_group("slurm")]
 
 MAIN_JOB = Path(__file__).parents[2] / "jobs" / "stdlib_lm.toml"
 VALUES = (
-    *("model.width=16", "model.heads=2", "model.layers=1", "train.batch=8", "train.steps=300"),
+    *("model.width=16", "model.heads=2", "model.layers=1", "train.batch=8", "train.steps=150"),
     *("schedule.warmup=10", "run.report=false", "run.line_s=0.2", "checkpoint.every=0"),
 )
 SET = tuple(word for value in VALUES for word in ("--set", value))
@@ -162,6 +162,21 @@ def test_rank_that_is_killed_ends_the_job(slurm: SlurmBox, submitted: Submitter)
     facts = slurm.wait(job.number, *ENDED, limit_s=30)
     assert facts["JobState"] == "FAILED"
     assert facts["Restarts"] == "0"
+
+
+@pytest.mark.any_mpi
+def test_rank_that_is_killed_is_started_again(
+    slurm: SlurmBox, submitted: Submitter, launch: Launch, undisturbed: Undisturbed
+) -> None:
+    """If the job asks for it, by the same launcher within the same allocation."""
+    expected = undisturbed_of(undisturbed, launch)
+    again = ("--set", "submit.restarts=1", "--set", "checkpoint.every=20")
+    job = submitted(MAIN_JOB, *TWO_RANKS, *LONG, *again)
+    job.wait_for(IN_TRAINING)
+    os.kill(_a_rank_of(job), signal.SIGKILL)
+    facts = assert_completed(slurm, job, expected)
+    assert facts["Restarts"] == "0"
+    assert "launch 1 of 2 ended with status" in job.told
 
 
 USES_PACKAGES = """

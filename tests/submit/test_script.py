@@ -31,6 +31,7 @@ SCRIPTS: dict[str, tuple[SubmitConfig, tuple[str, ...]]] = {
             partition="batch",
             account="physics",
             modules=["gcc/13", "openmpi/5.0"],
+            restarts=3,
         ),
         (),
     ),
@@ -156,6 +157,17 @@ def test_ranks_are_told_to_end(tmp_path: Path, signal: str) -> None:
     ended, calls = ran(script, tmp_path, status=75, signal=signal)
     assert ended == 75
     assert calls[calls.index("told") :] == ["told", "scontrol requeue 17"]
+
+
+def test_ranks_that_fail_are_started_again(tmp_path: Path) -> None:
+    """By a process that is given the launcher, and is told what the launcher would be."""
+    launcher = Launcher(("mpirun", "-n", "$SLURM_NTASKS"), "as asked for")
+    text = render(submission(SubmitConfig(restarts=2), launcher))
+    (line,) = (line for line in text.splitlines() if line.endswith("&"))
+    program, _, rest = line.partition(" --restarts ")
+    assert program == "/home/me/venv/bin/python -m hpctrain run jobs/digits.toml"
+    assert rest.startswith('2 --launcher "mpirun -n $SLURM_NTASKS" --set ')
+    assert rest.endswith('--run-dir "$run" --no-live &')
 
 
 def test_what_others_say_of_themselves_stays_a_comment() -> None:

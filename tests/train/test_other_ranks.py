@@ -101,7 +101,7 @@ def cut(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return launch.folder
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("ranks", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2)), 3])
 def test_goes_on_on_other_ranks(launch: Launch, cut: Path, ranks: int) -> None:
     shutil.copytree(cut, launch.folder, dirs_exist_ok=True)
     ended = launch(ranks, *RUN, "cut", RECORD="second")

@@ -90,8 +90,8 @@ def assert_saved(launch: Launch, ended: Ended) -> int:
     ("mode", "when", "who"),
     [
         ("allreduce", "training", 1),
-        ("allreduce", "evaluation", 0),
-        ("coded", "training", 1),
+        pytest.param("allreduce", "evaluation", 0, marks=pytest.mark.slow),
+        pytest.param("coded", "training", 1, marks=pytest.mark.slow),
         ("coded", "evaluation", 0),
         pytest.param("allreduce", "training", 0, marks=pytest.mark.slow),
         pytest.param("allreduce", "evaluation", 1, marks=pytest.mark.slow),

@@ -65,7 +65,7 @@ def deaths(*faults: Fault) -> list[dict[str, Any]]:
     ("first", "second", "over"),
     [
         ((1, 1, "compute"), (2, 12, "backward"), "TCP"),
-        ((2, 4, "done"), (3, 1, "backward"), "shared memory"),
+        pytest.param((2, 4, "done"), (3, 1, "backward"), "shared memory", marks=pytest.mark.slow),
         ((3, 8, "compute"), (1, 8, "done"), "shared memory"),
     ],
     ids=str,
