@@ -21,7 +21,7 @@ export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM = 1
 export OMPI_MCA_osc = ^ucx
 export PRTE_MCA_rmaps_default_mapping_policy = :oversubscribe
 
-.PHONY: train test test-openmpi test-mpich lint clean
+.PHONY: train test test-openmpi test-mpich test-slow lint clean
 
 train: $(VENV)/.train
 	$(VENV)/bin/mpirun -n $(NP) $(VENV)/bin/hpctrain run jobs/stdlib_lm.toml $(ARGS)
@@ -64,6 +64,10 @@ test-mpich: $(VENV_MPICH)/.test
 	for n in 1 5 6; do \
 	  $(VENV_MPICH)/bin/mpiexec -n $$n $(VENV_MPICH)/bin/python -m pytest --quiet --with-mpi tests/comm/test_reduce.py || exit 1; \
 	done
+
+test-slow: $(VENV)/.test
+	$(VENV)/bin/python -m pytest -m "not mpi and slow"
+	$(VENV)/bin/mpiexec -n 4 $(VENV)/bin/python -m pytest --quiet --with-mpi -m "mpi and slow"
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
