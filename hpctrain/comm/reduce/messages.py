@@ -154,13 +154,13 @@ class Direct(_Planned):
             for row, place in enumerate(others)
         }
         slice_of = {place: self._wire[cuts[place]] for place in others}
-        self._scatter = _exchange(
+        self._scatter = exchange(
             comm,
             self._tag,
             {members[place]: slice_of[place] for place in others},
             {members[place]: parts[place] for place in others},
         )
-        self._gather = _exchange(
+        self._gather = exchange(
             comm,
             self._tag + 1,
             {members[place]: mine for place in others},
@@ -221,7 +221,7 @@ class Ring(_Planned):
             return self._slab[cut], self._wire[cut]
 
         def step(out: torch.Tensor, into: torch.Tensor, tag: int) -> list[MPI.Prequest]:
-            return _exchange(comm, tag, {right: out}, {left: into})
+            return exchange(comm, tag, {right: out}, {left: into})
 
         self._scatter = []
         self._gather = []
@@ -240,7 +240,7 @@ def narrower(wire: torch.dtype | None, dtype: torch.dtype) -> torch.dtype | None
     return wire if wire is not None and wire.itemsize < dtype.itemsize else None
 
 
-def _exchange(
+def exchange(
     comm: MPI.Intracomm,
     tag: int,
     sends: dict[int, torch.Tensor],

@@ -1,0 +1,155 @@
+"""How parameters take in what others have told: arithmetic on flat tensors.
+
+All ranks hold the same *anchor*, the parameters as all ranks together have made them, and each its
+own *local* parameters, which are ahead of it. The change that a rank tells is what its local
+parameters were ahead when they were captured. The mean change moves the anchor, by an outer
+optimizer; a merge says what that does to the local parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from hpctrain.grad.periods.flat import Flat
+from hpctrain.grad.periods.method import Method
+
+ADAM_DECAY = 0.99
+ADAM_FLOOR = 1e-3
+"""As FedAdam's (Reddi et al., ICLR 2021), which has no bias correction.
+
+Sums and products are taken one by one here: fused, their bits would depend on the processor."""
+
+
+class Outer:
+    """The outer optimizer of one fragment. It moves the anchor by the mean change.
+
+    Args:
+        method: says which.
+        anchor: flat, moved in place.
+    """
+
+    def __init__(self, method: Method, anchor: torch.Tensor) -> None:
+        self._method = method
+        self._anchor = anchor
+        has_momentum = method.outer_momentum > 0 or method.outer == "adam"
+        self.momentum = torch.zeros_like(anchor) if has_momentum else None
+        self.squares = torch.zeros_like(anchor) if method.outer == "adam" else None
+
+    def step(self, change: torch.Tensor) -> None:
+        """Take one step.
+
+        Args:
+            change: mean over ranks; overwritten.
+        """
+        method, momentum = self._method, self.momentum
+        if self.squares is not None and momentum is not None:
+            self.squares.mul_(ADAM_DECAY).add_(change * change * (1 - ADAM_DECAY))
+            momentum.mul_(method.outer_momentum).add_(change * (1 - method.outer_momentum))
+            torch.div(momentum, torch.sqrt(self.squares).add_(ADAM_FLOOR), out=change)
+        elif momentum is not None:
+            momentum.mul_(method.outer_momentum).add_(change)
+            if method.outer_clip:
+                momentum.clamp_(-method.outer_clip, method.outer_clip)
+            if method.outer == "nesterov":
+                change.add_(momentum * method.outer_momentum)
+            else:
+                change.copy_(momentum)
+        self._anchor.add_(change.mul_(method.outer_rate))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Its state, for checkpoints; loaded by copying into them."""
+        named = {"momentum": self.momentum, "squares": self.squares}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+class Changes:
+    """One fragment whose change is sent.
+
+    Args:
+        method: how.
+        local: this rank's own parameters, which are changed in place.
+        ranks: how many tell their changes.
+    """
+
+    def __init__(self, method: Method, local: Sequence[torch.Tensor], ranks: int) -> None:
+        self._method = method
+        self._local = local
+        self._ranks = ranks
+        self.anchor = Flat(local)
+        self.anchor.gather(local)
+        self._now = self.anchor.again()
+        """The local parameters, for the moment."""
+        self._outer = Outer(method, self.anchor.tensor)
+        corrects = method.merge == "correct" and method.pull_lag > 0
+        self._captured = self.anchor.again().tensor if corrects else None
+        """The local parameters when they were captured."""
+        is_eager = method.merge == "eager"
+        self._told = self.anchor.again().tensor if is_eager else None
+        """This rank's share in what is on the wire."""
+        self._missing = self.anchor.again().tensor if is_eager else None
+        """What the others have told that has come and is not taken in."""
+
+    def capture(self, change: torch.Tensor) -> None:
+        """Write what is to be told.
+
+        Args:
+            change: flat; receives it.
+        """
+        self._now.gather(self._local)
+        torch.sub(self._now.tensor, self.anchor.tensor, out=change)
+        if self._captured is not None:
+            self._captured.copy_(self._now.tensor)
+        if self._told is not None and self._missing is not None:
+            torch.mul(change, 1 / self._ranks, out=self._told)
+            self._outer.step(self._missing.add_(self._told))
+            self._missing.zero_()
+            self.anchor.scatter(self._local)
+
+    def pull(self, mean: torch.Tensor) -> None:
+        """Take in what has come.
+
+        Args:
+            mean: flat; over ranks, of what was captured last; overwritten.
+        """
+        if self._told is not None and self._missing is not None:
+            torch.sub(mean, self._told, out=self._missing)
+            return
+        self._outer.step(mean)
+        now = self._now.tensor
+        if self._captured is not None:
+            self._now.gather(self._local)
+            now.sub_(self._captured).add_(self.anchor.tensor)
+            self._now.scatter(self._local)
+        elif self._method.merge == "mix":
+            self._now.gather(self._local)
+            now.mul_(self._method.mix).add_(self.anchor.tensor * (1 - self._method.mix))
+            self._now.scatter(self._local)
+        else:
+            self.anchor.scatter(self._local)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Its state, for checkpoints; loaded by copying into them."""
+        named = {
+            "anchor": self.anchor.tensor,
+            "captured": self._captured,
+            "told": self._told,
+            "missing": self._missing,
+        }
+        kept = {name: tensor for name, tensor in named.items() if tensor is not None}
+        return kept | self._outer.tensors()
+
+
+def compensate(
+    gradient: torch.Tensor, now: torch.Tensor, then: torch.Tensor, weight: float
+) -> None:
+    """Correct a late gradient to first order, with its square for the Hessian (Zheng et al., 2017).
+
+    Args:
+        gradient: at the parameters `then`; becomes an estimate of that at `now`.
+        now: the parameters that it is applied to.
+        then: those that it was computed at.
+        weight: of the correction.
+    """
+    gradient.add_(gradient * gradient * (now - then) * weight)

@@ -1,0 +1,115 @@
+"""Methods with changes that come late, in NumPy: all ranks in one process, as papers tell them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from hpctrain.grad.periods.method import Method
+
+Array = npt.NDArray[np.float32]
+Mean = Callable[[Array], Array]
+"""Of one row a rank; with what its wire does to them."""
+
+
+def mean_in_rank_order(rows: Array) -> Array:
+    total = rows[0].copy()
+    for row in rows[1:]:
+        total += row
+    return total * np.float32(1 / len(rows))
+
+
+class Fragment:
+    """One fragment on all ranks.
+
+    Attributes:
+        x: the parameters, one row a rank.
+        z: what all ranks agree on (with eager updates one row a rank).
+    """
+
+    def __init__(self, method: Method, start: Array, ranks: int, mean: Mean) -> None:
+        self.method = method
+        self.mean = mean
+        self.x = np.stack([start] * ranks)
+        self.z = self.x.copy()
+        self.m = np.zeros_like(self.x)
+        self.v = np.zeros_like(self.x)
+        self.at_capture = self.x.copy()
+        self.late = np.zeros_like(self.x)
+        self.own = np.zeros_like(self.x)
+
+    def outer(self, change: Array) -> None:
+        f, method = np.float32, self.method
+        if method.outer == "adam":
+            self.v = self.v * f(0.99) + change * change * f(1 - 0.99)
+            self.m = self.m * f(method.outer_momentum) + change * f(1 - method.outer_momentum)
+            step = self.m / (np.sqrt(self.v) + f(1e-3))
+        elif not method.outer_momentum:
+            step = change
+        else:
+            self.m = self.m * f(method.outer_momentum) + change
+            if method.outer_clip:
+                self.m = np.clip(self.m, -f(method.outer_clip), f(method.outer_clip))
+            step = self.m
+            if method.outer == "nesterov":
+                step = change + self.m * f(method.outer_momentum)
+        self.z = self.z + step * f(method.outer_rate)
+
+    def capture(self) -> Array:
+        change = self.x - self.z
+        self.at_capture = self.x.copy()
+        if self.method.merge == "eager":
+            self.own = change * np.float32(1 / len(self.x))
+            self.outer(self.late + self.own)
+            self.late = np.zeros_like(self.late)
+            self.x = self.z.copy()
+        return change
+
+    def pull(self, mean: Array) -> None:
+        f, mix = np.float32, self.method.mix
+        if self.method.merge == "eager":
+            self.late = mean - self.own
+            return
+        self.outer(np.stack([mean] * len(self.x)))
+        if self.method.merge == "correct" and self.method.pull_lag:
+            self.x = (self.x - self.at_capture) + self.z
+        elif self.method.merge == "mix":
+            self.x = self.x * f(mix) + self.z * f(1 - mix)
+        else:
+            self.x = self.z.copy()
+
+
+def trained(
+    method: Method,
+    start: Array,
+    ranks: int,
+    iterations: int,
+    step: Callable[[Array, int], Array],
+    mean: Mean = mean_in_rank_order,
+) -> Fragment:
+    """A model of one fragment after so many iterations.
+
+    Args:
+        method: how.
+        start: its parameters.
+        ranks: how many.
+        iterations: how many.
+        step: what a local step makes of the parameters of all ranks in an iteration.
+        mean: over ranks.
+    """
+    fragment = Fragment(method, start, ranks, mean)
+    sent: dict[int, Array] = {}
+    for i in range(1, iterations + 1):
+        fragment.x = step(fragment.x, i)
+        captures, pulls = i % method.period == 0, (i - method.pull_lag) % method.period == 0
+        pulls = pulls and i - method.pull_lag >= 1
+        replaces = method.merge == "replace"
+        if captures and (replaces or method.pull_lag == 0):
+            sent[i] = fragment.capture()
+        if pulls:
+            fragment.pull(mean(sent.pop(i - method.pull_lag)))
+        if captures and not replaces and method.pull_lag > 0:
+            sent[i] = fragment.capture()
+    return fragment
