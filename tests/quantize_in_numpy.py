@@ -49,7 +49,8 @@ class QuantizedMean:
         self.unsent = np.zeros((ranks, count), np.float32)
         self.unshared = np.zeros(count, np.float32)
         self._bits = bits
-        self._cuts = [count * rank // ranks for rank in range(ranks + 1)]
+        groups = -(-count // GROUP)
+        self._cuts = [min(count, groups * r // ranks * GROUP) for r in range(ranks + 1)]
 
     def __call__(self, values: Floats) -> Floats:
         """The same on all ranks, of one row a rank."""

@@ -11,7 +11,7 @@ import torch
 from mpi4py import MPI
 
 from hpctrain.comm.channel import FIRST_FIXED_TAG, LANES, Steps
-from hpctrain.comm.quantize import Quantizer
+from hpctrain.comm.quantize import GROUP, Quantizer
 from hpctrain.comm.reduce.messages import exchange
 from hpctrain.comm.reduce.sums import slices
 
@@ -35,6 +35,8 @@ class QuantizedMean:
     def __init__(self, slab: torch.Tensor, quantizer: Quantizer, lane: int = 0) -> None:
         self.unsent = torch.zeros_like(slab)
         self.unshared = torch.zeros_like(slab)
+        self.nbytes = quantizer.nbytes(slab.numel())
+        """Of the slab, quantized."""
         self._slab = slab
         self._quantizer = quantizer
         self._tag = FIRST_FIXED_TAG + 2 * (lane % LANES)
@@ -72,7 +74,7 @@ class QuantizedMean:
     @staticmethod
     def sent_bytes(count: int, quantizer: Quantizer, rank: int, size: int) -> int:
         """Bytes that a rank sends for `count` elements."""
-        sizes = [quantizer.nbytes(cut.stop - cut.start) for cut in slices(count, size)]
+        sizes = [quantizer.nbytes(cut.stop - cut.start) for cut in slices(count, size, GROUP)]
         return sum(sizes) - sizes[rank] + (size - 1) * sizes[rank]
 
     def _prepare(self, comm: MPI.Intracomm) -> None:
@@ -84,7 +86,7 @@ class QuantizedMean:
 
     def _plan(self, comm: MPI.Intracomm) -> None:
         rank, size = comm.rank, comm.size
-        self._cuts = slices(self._slab.numel(), size)
+        self._cuts = slices(self._slab.numel(), size, GROUP)
         self._mine = self._cuts[rank]
         sizes = [self._quantizer.nbytes(cut.stop - cut.start) for cut in self._cuts]
         self._codes = torch.empty(sum(sizes), dtype=torch.uint8).split(sizes)

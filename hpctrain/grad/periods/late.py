@@ -1,0 +1,215 @@
+"""Gradients that come late: what the optimizer does meanwhile, and what when they are there."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from hpctrain.comm.quantize import GROUP
+from hpctrain.grad.periods.flat import Flat, elements_of
+from hpctrain.grad.periods.merging import compensate
+from hpctrain.grad.periods.method import Method
+
+
+class Before:
+    """Parameters and the optimizer's state as they were, to go back to."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer):
+        self._parameters = parameters
+        self._optimizer = optimizer
+        self.values = [torch.empty_like(p) for p in parameters]
+        self.state: list[dict[str, Any]] = [{} for _ in parameters]
+        self.is_taken = False
+
+    def take(self) -> None:
+        """Keep them as they are now."""
+        self.is_taken = True
+        for place, p in enumerate(self._parameters):
+            self.values[place].copy_(p.detach())
+            gathered = self._optimizer.state.get(p, {})
+            kept = self.state[place]
+            self.state[place] = {
+                name: _copied(value, kept.get(name)) for name, value in gathered.items()
+            }
+
+    def put_back(self) -> None:
+        """Have them as they were."""
+        assert self.is_taken
+        for place, p in enumerate(self._parameters):
+            p.detach().copy_(self.values[place])
+            gathered = self._optimizer.state[p]
+            kept = self.state[place]
+            for name in [name for name in gathered if name not in kept]:
+                del gathered[name]
+            for name, value in kept.items():
+                if isinstance(value, torch.Tensor):
+                    gathered[name].copy_(value)
+                else:
+                    gathered[name] = value
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the copies."""
+        tensors = [*self.values]
+        for kept in self.state:
+            tensors += [value for value in kept.values() if isinstance(value, torch.Tensor)]
+        return sum(tensor.nbytes for tensor in tensors)
+
+
+def _copied(value: Any, into: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    fits = isinstance(into, torch.Tensor) and into.shape == value.shape
+    return into.copy_(value) if fits else value.detach().clone()
+
+
+@dataclass
+class _Told:
+    """What is on the wire of one iteration.
+
+    Attributes:
+        own: this rank's own gradient, where a local step was taken on it.
+        then: the parameters that it was computed at, where a correction needs them.
+        settings: of the optimizer's groups in that iteration.
+    """
+
+    own: Flat | None
+    then: Flat | None
+    settings: list[dict[str, Any]]
+
+
+class LateGradients:
+    """Takes the optimizer's steps when gradients come, in the order of their iterations.
+
+    Args:
+        method: with sends = "gradients".
+        parameters: what is trained.
+        optimizer: updates it.
+
+    Attributes:
+        before: the parameters and the state that all ranks share, while local steps are ahead.
+    """
+
+    def __init__(
+        self, method: Method, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer
+    ) -> None:
+        self._method = method
+        self._parameters = parameters
+        self._optimizer = optimizer
+        is_ahead = method.merge == "correct" and method.pull_lag > 0
+        self.before = Before(parameters, optimizer) if is_ahead else None
+        self._told: deque[_Told] = deque()
+        self._free: list[Flat] = []
+
+    @staticmethod
+    def count(parameters: Sequence[torch.Tensor]) -> int:
+        """Elements of what is told: the gradient, and behind it one flag a parameter."""
+        return _gradient_end(parameters) + len(parameters)
+
+    def capture(self, out: torch.Tensor) -> None:
+        """Write what is to be told, and go ahead with a local step if the method has one.
+
+        Args:
+            out: flat; receives it.
+        """
+        flat, used = self._split(out)
+        for view, like, p in zip(flat.views, used, self._parameters, strict=True):
+            like.fill_(p.grad is not None)
+            if p.grad is None:
+                view.zero_()
+            else:
+                view.copy_(torch.view_as_real(p.grad) if p.is_complex() else p.grad)
+        if self._method.pull_lag == 0:
+            return
+        own = then = None
+        if self.before:
+            own = self._copy_of(flat.tensor)
+        if self._method.merge == "compensate":
+            then = self._copy_of(None)
+            then.gather(self._parameters)
+        settings = [_settings(group) for group in self._optimizer.param_groups]
+        self._told.append(_Told(own, then, settings))
+        if self.before:
+            if not self.before.is_taken:
+                self.before.take()
+            self._optimizer.step()
+
+    def pull(self, mean: torch.Tensor) -> None:
+        """Take the step of the oldest iteration whose gradient had not come.
+
+        Args:
+            mean: flat; over ranks, as captured; overwritten.
+        """
+        flat, used = self._split(mean)
+        if self._method.pull_lag == 0:
+            self._step(flat, used, None)
+            return
+        told = self._told.popleft()
+        if told.then is not None:
+            now = self._copy_of(None)
+            now.gather(self._parameters)
+            compensate(flat.tensor, now.tensor, told.then.tensor, self._method.compensation)
+            self._free += [now, told.then]
+        if self.before:
+            self.before.put_back()
+            self.before.is_taken = False
+        self._step(flat, used, told.settings)
+        if told.own is not None:
+            self._free.append(told.own)
+        if self.before and self._told:
+            self.before.take()
+            for ahead in self._told:
+                assert ahead.own is not None
+                self._step(ahead.own, None, ahead.settings)
+
+    def _step(
+        self,
+        gradient: Flat,
+        used: Sequence[torch.Tensor] | None,
+        settings: Sequence[dict[str, Any]] | None,
+    ) -> None:
+        """One step of the optimizer on a gradient; gradients of parameters are as before then."""
+        kept = [p.grad for p in self._parameters]
+        groups = self._optimizer.param_groups
+        now = [_settings(group) for group in groups]
+        for place, p in enumerate(self._parameters):
+            is_used = used is None or bool(used[place] > 0)
+            p.grad = _as_gradient(gradient.views[place], p) if is_used else None
+        for group, values in zip(groups, settings or now, strict=True):
+            group.update(values)
+        self._optimizer.step()
+        for group, values in zip(groups, now, strict=True):
+            group.update(values)
+        for p, before in zip(self._parameters, kept, strict=True):
+            p.grad = before
+
+    def _split(self, flat: torch.Tensor) -> tuple[Flat, Sequence[torch.Tensor]]:
+        """The gradients in what is told, and the flags."""
+        end, count = _gradient_end(self._parameters), elements_of(self._parameters)
+        return Flat(self._parameters, flat[:count]), list(flat[end:])
+
+    def _copy_of(self, values: torch.Tensor | None) -> Flat:
+        flat = self._free.pop() if self._free else Flat(self._parameters)
+        if values is not None:
+            flat.tensor.copy_(values)
+        return flat
+
+
+def _gradient_end(parameters: Sequence[torch.Tensor]) -> int:
+    """Where flags begin: elements that share a scale with them would lose all their bits."""
+    return -(-elements_of(parameters) // GROUP) * GROUP
+
+
+def _as_gradient(view: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
+    values = torch.view_as_complex(view) if parameter.is_complex() else view
+    return values.to(parameter.dtype)
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    """What an optimizer's group is set to, such as its learning rate."""
+    return {name: value for name, value in group.items() if name != "params"}

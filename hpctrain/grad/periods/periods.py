@@ -1,0 +1,274 @@
+"""Delayed gradients and local updates for a program: `Periods.step` in place of the optimizer's."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import count
+from typing import Any
+
+import torch
+from torch import nn
+
+from hpctrain.comm.engine import engine_of
+from hpctrain.comm.reducer import ReduceOptions
+from hpctrain.errors import ExchangeError
+from hpctrain.grad import replicas
+from hpctrain.grad.config import ExchangeConfig
+from hpctrain.grad.periods.averaging import Averager
+from hpctrain.grad.periods.flat import Flat, dtype_of, elements_of
+from hpctrain.grad.periods.late import LateGradients
+from hpctrain.grad.periods.merging import Changes
+from hpctrain.grad.periods.method import PeriodsConfig
+from hpctrain.grad.periods.schedule import Act, Action, Schedule, fragments_of
+from hpctrain.trace import now_s
+from hpctrain.world import World, join
+
+_numbers = count(1)
+
+
+class Periods:
+    """Trains a module on this rank's own gradients, and takes in those of other ranks late.
+
+        periods = hpctrain.Periods(model, optimizer, hpctrain.PeriodsConfig(preset="diloco"))
+        for batch in batches:
+            optimizer.zero_grad()
+            loss(model(batch)).backward()
+            periods.step()
+        periods.finish()
+
+    Parameters start as those of rank 0. Construction, `finish` and `shared` are collective; all
+    ranks call `step` as often, but none waits there for what others do in the same iteration.
+
+    Args:
+        module: on the host, with dense gradients. Do not wrap it in `DataParallel`.
+        optimizer: of the module's parameters, all of them.
+        config: what is exchanged when.
+        exchange: how means are made: way, chunk_bytes, deterministic, buffers and deadline_s count.
+        world: the ranks; by default those of `hpctrain.join()`.
+
+    Attributes:
+        iteration: how many were done.
+        exposed_s: how long the last step waited for the wire.
+
+    Raises:
+        MismatchError: the module is not the same on all ranks.
+        ExchangeError: the memory limit is too low, or the module cannot be trained so.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        config: PeriodsConfig | None = None,
+        *,
+        exchange: ExchangeConfig | None = None,
+        world: World | None = None,
+    ) -> None:
+        self.module = module
+        self.optimizer = optimizer
+        self.world = world or join()
+        self.config = config = config or PeriodsConfig()
+        self.exchange = exchange = exchange or ExchangeConfig()
+        self.method = method = config.method
+        self.iteration = 0
+        self.exposed_s = 0.0
+        self._schedule = Schedule(method)
+        self._parameters = [p for p in module.parameters() if p.requires_grad]
+        _check(self._parameters, optimizer)
+        self._engine = engine_of(self.world)
+        self._engine.progress = "thread"
+        self._engine.deadline_s = exchange.deadline_s
+        control = self._engine.control
+        replicas.check_same_model(control, self.world, module)
+        replicas.broadcast_state(control, module)
+        self._buffers = replicas.BufferSync(module, control, exchange.buffers)
+        cuts = fragments_of([p.numel() for p in self._parameters], method.fragments)
+        self._fragments = [self._parameters[cut] for cut in cuts]
+        self._check_memory()
+        self._late: LateGradients | None = None
+        self._changes: list[Changes] = []
+        if method.sends == "gradients":
+            self._late = LateGradients(method, self._parameters, optimizer)
+        else:
+            ranks = self.world.size
+            self._changes = [Changes(method, part, ranks) for part in self._fragments]
+        self._number = next(_numbers)
+        self._averagers = self._make_averagers()
+        self._staged = [
+            torch.zeros_like(averager.tensor) if self._stages else averager.tensor
+            for averager in self._averagers
+        ]
+
+    # ------------------------------------------------------------------ a step
+
+    def step(self) -> None:
+        """Take this rank's gradient in place of `optimizer.step()`, and what has come of others.
+
+        Gradients are as backward left them on this rank.
+
+        Raises:
+            RankDiedError: another rank has died.
+        """
+        self.exposed_s = 0.0
+        self.iteration += 1
+        if self._late is None:
+            self.optimizer.step()
+        with torch.no_grad():
+            for action in self._schedule.after(self.iteration):
+                self._act(action)
+        self._engine.poll()
+
+    def finish(self) -> None:
+        """The last iteration is done: wait for all that is on its way, and agree. Collective.
+
+        Parameters are the same on all ranks afterwards.
+        """
+        with torch.no_grad():
+            for action in self._schedule.in_flight(self.iteration):
+                if self._is_to_be_pushed(action):
+                    self._act(Action(Act.PUSH, action.fragment, action.of))
+                self._act(Action(Act.PULL, action.fragment, action.of))
+            for fragment, changes in enumerate(self._changes):
+                averager = self._averagers[fragment]
+                changes.capture_all(averager.tensor)
+                averager.post(f"fragment {fragment}, at the end")
+                changes.pull_all(averager.wait())
+        self._average_buffers()
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        """Inside, parameters are those that all ranks agree on, as for an evaluation. Collective.
+
+        With merge = "eager" no rank has the same; each has its own there too.
+        """
+        own: list[Flat] = []
+        before = self._late.before if self._late else None
+        with torch.no_grad():
+            if before and before.is_taken:
+                own = [Flat(self._parameters)]
+                own[0].gather(self._parameters)
+                for p, value in zip(self._parameters, before.values, strict=True):
+                    p.copy_(value)
+            for part, changes in zip(self._fragments, self._changes, strict=False):
+                flat = Flat(part)
+                flat.gather(part)
+                own.append(flat)
+                changes.anchor.scatter(part)
+        self._average_buffers()
+        try:
+            yield
+        finally:
+            parts = self._fragments if self._changes else [self._parameters]
+            with torch.no_grad():
+                for part, flat in zip(parts, own, strict=False):
+                    flat.scatter(part)
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes of messages that this rank has sent so far."""
+        return sum(averager.sent_bytes for averager in self._averagers)
+
+    # ------------------------------------------------------------------ parts
+
+    def _act(self, action: Action) -> None:
+        slot = self._slot(action)
+        averager, staged = self._averagers[slot], self._staged[slot]
+        if action.act is Act.CAPTURE:
+            if self._late:
+                self._late.capture(staged)
+            else:
+                self._changes[action.fragment].capture(staged)
+        elif action.act is Act.PUSH:
+            if staged is not averager.tensor:
+                averager.tensor.copy_(staged)
+            averager.post(f"fragment {action.fragment} of iteration {action.of}")
+        else:
+            begun_s = now_s()
+            mean = averager.wait()
+            self.exposed_s += now_s() - begun_s
+            if self._late:
+                self._late.pull(mean)
+            else:
+                self._changes[action.fragment].pull(mean)
+
+    def _slot(self, action: Action) -> int:
+        """Which averager an action is for: gradients of several iterations are on the wire."""
+        return action.of % len(self._averagers) if self._late else action.fragment
+
+    def _is_to_be_pushed(self, action: Action) -> bool:
+        return action.of + self.method.push_lag > self.iteration
+
+    @property
+    def _stages(self) -> bool:
+        """Whether something is captured while the one before may be on the wire."""
+        method = self.method
+        replaced = method.merge == "replace" and method.pull_lag == method.period
+        return method.sends == "changes" and (method.push_lag > 0 or replaced)
+
+    def _make_averagers(self) -> list[Averager]:
+        method, exchange = self.method, self.exchange
+        options = ReduceOptions(
+            way=exchange.way,
+            wire=method.wire,
+            ordered=exchange.deterministic,
+            in_flight_bytes=exchange.in_flight_bytes,
+            chunk_bytes=exchange.chunk_bytes,
+        )
+        if method.sends == "gradients":
+            counts = [LateGradients.count(self._parameters)] * max(1, method.pull_lag)
+        else:
+            counts = [elements_of(part) for part in self._fragments]
+        made: list[Averager] = []
+        for place, elements in enumerate(counts):
+            channel = self._engine.channel(f"periods {self._number}, {place}")
+            weakref.finalize(self, channel.abandon)
+            ways = made[0].ways if made else ()
+            made.append(Averager(channel, elements, dtype_of(self._parameters), options, ways))
+        return made
+
+    def _average_buffers(self) -> None:
+        self._buffers.post(1.0 / self.world.size)
+        self._buffers.finish()
+
+    def _check_memory(self) -> None:
+        """Refuse what needs more than the limit, before it is made.
+
+        Raises:
+            ExchangeError: with what is needed.
+        """
+        needed, limit = self.held_bytes(), self.config.memory_limit_mb * 1e6
+        if limit and needed > limit:
+            raise ExchangeError(
+                "periods.memory_limit_mb: copies of gradients and parameters need more",
+                value=f"{needed / 1e6:.1f} MB",
+                allowed=f"{self.config.memory_limit_mb:g} MB",
+                fix="lower pull_lag, use more fragments with a smaller lag, a merge that keeps no "
+                "copies ('replace' or 'mix'), or raise the limit",
+                everywhere=True,
+            )
+
+    def held_bytes(self) -> int:
+        """Memory for copies of gradients and parameters, on this rank."""
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's state, with what is on the wire, which is waited for. Not collective."""
+        raise NotImplementedError
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from another run's state on this rank."""
+        raise NotImplementedError
+
+
+def _check(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if {*map(id, parameters)} != updated:
+        raise ExchangeError(
+            "the optimizer does not update exactly the parameters that are trained",
+            fix="give it all parameters of the module with requires_grad, and no others",
+            everywhere=True,
+        )
