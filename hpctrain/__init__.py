@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from hpctrain.grad.coded.exchange import Coded
     from hpctrain.grad.config import ExchangeConfig
     from hpctrain.grad.data_parallel import DataParallel
+    from hpctrain.grad.periods.method import PeriodsConfig
+    from hpctrain.grad.periods.periods import Periods
     from hpctrain.world import Role, World, join
 
 __version__ = "0.1.0"
@@ -20,6 +22,8 @@ __all__ = [
     "DataParallel",
     "ExchangeConfig",
     "HpctrainError",
+    "Periods",
+    "PeriodsConfig",
     "Role",
     "World",
     "accumulate",
@@ -32,6 +36,8 @@ _HOMES = {
     "DataParallel": "hpctrain.grad.data_parallel",
     "ExchangeConfig": "hpctrain.grad.config",
     "HpctrainError": "hpctrain.errors",
+    "Periods": "hpctrain.grad.periods.periods",
+    "PeriodsConfig": "hpctrain.grad.periods.method",
     "Role": "hpctrain.world",
     "World": "hpctrain.world",
     "accumulate": "hpctrain.grad.accumulate",

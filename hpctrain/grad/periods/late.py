@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -166,6 +166,40 @@ class LateGradients:
             for ahead in self._told:
                 assert ahead.own is not None
                 self._step(ahead.own, None, ahead.settings)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is needed to go on, with copies of what will change."""
+        told = [
+            {
+                "own": each.own and each.own.tensor.clone(),
+                "then": each.then and each.then.tensor.clone(),
+                "settings": each.settings,
+            }
+            for each in self._told
+        ]
+        before = self.before
+        if before is None or not before.is_taken:
+            return {"told": told}
+        values = [value.clone() for value in before.values]
+        gathered = [
+            {name: _copied(value, None) for name, value in kept.items()} for kept in before.state
+        ]
+        return {"told": told, "values": values, "state": gathered}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        self._told = deque(
+            _Told(self._loaded(each["own"]), self._loaded(each["then"]), each["settings"])
+            for each in state["told"]
+        )
+        if self.before and "values" in state:
+            self.before.is_taken = True
+            for into, value in zip(self.before.values, state["values"], strict=True):
+                into.copy_(value)
+            self.before.state = [dict(kept) for kept in state["state"]]
+
+    def _loaded(self, values: torch.Tensor | None) -> Flat | None:
+        return None if values is None else self._copy_of(values)
 
     def _step(
         self,

@@ -129,6 +129,26 @@ class Changes:
         else:
             self.anchor.scatter(self._local)
 
+    def ahead(self) -> torch.Tensor:
+        """What is to be averaged at the end, when nothing is on the wire."""
+        if self._told is not None:  # each rank has an anchor of its own
+            return self.anchor.tensor.clone()
+        self._now.gather(self._local)
+        return self._now.tensor - self.anchor.tensor
+
+    def agree(self, mean: torch.Tensor) -> None:
+        """Take the mean of what all ranks were ahead: they are all the same afterwards."""
+        if self._told is not None:
+            self.anchor.tensor.copy_(mean)
+        else:
+            self.anchor.tensor.add_(mean)
+        self.anchor.scatter(self._local)
+
+    @property
+    def scratch(self) -> list[torch.Tensor]:
+        """Memory that has no state."""
+        return [self._now.tensor]
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """Its state, for checkpoints; loaded by copying into them."""
         named = {

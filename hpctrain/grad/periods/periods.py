@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from hpctrain.comm import reduce
 from hpctrain.comm.engine import engine_of
+from hpctrain.comm.memory import Slab
 from hpctrain.comm.reducer import ReduceOptions
 from hpctrain.errors import ExchangeError
 from hpctrain.grad import replicas
@@ -130,11 +132,11 @@ class Periods:
                 if self._is_to_be_pushed(action):
                     self._act(Action(Act.PUSH, action.fragment, action.of))
                 self._act(Action(Act.PULL, action.fragment, action.of))
-            for fragment, changes in enumerate(self._changes):
-                averager = self._averagers[fragment]
-                changes.capture_all(averager.tensor)
-                averager.post(f"fragment {fragment}, at the end")
-                changes.pull_all(averager.wait())
+            for changes in self._changes:
+                ahead = Slab(changes.ahead())
+                whole = reduce.all_reduce("direct", ahead, 1.0 / self.world.size)
+                self._engine.control.run(whole, "parameters at the end")
+                changes.agree(ahead.tensor)
         self._average_buffers()
 
     @contextmanager
@@ -164,11 +166,6 @@ class Periods:
             with torch.no_grad():
                 for part, flat in zip(parts, own, strict=False):
                     flat.scatter(part)
-
-    @property
-    def sent_bytes(self) -> int:
-        """Bytes of messages that this rank has sent so far."""
-        return sum(averager.sent_bytes for averager in self._averagers)
 
     # ------------------------------------------------------------------ parts
 
@@ -251,17 +248,80 @@ class Periods:
 
     def held_bytes(self) -> int:
         """Memory for copies of gradients and parameters, on this rank."""
-        raise NotImplementedError
+        method = self.method
+        none = [[p.detach().to("meta") for p in part] for part in self._fragments]
+        if method.sends == "gradients":
+            (whole,) = none
+            slots = max(1, method.pull_lag)
+            wide = dtype_of(whole).itemsize
+            copies = elements_of(whole) * wide * (method.pull_lag + 1) * (method.merge != "late")
+            return LateGradients.count(whole) * wide * slots + (copies if method.pull_lag else 0)
+        total = 0
+        for part in none:
+            changes = Changes(method, part, self.world.size)
+            held = [changes.anchor.tensor, *changes.tensors().values(), *changes.scratch]
+            held += [changes.anchor.tensor] * (1 + self._stages)  # on the wire, and staged
+            total += sum(tensor.nbytes for tensor in held)
+        return total
 
     # ------------------------------------------------------------------ checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's state, with what is on the wire, which is waited for. Not collective."""
-        raise NotImplementedError
+        """This rank's state, with what is on the wire, which is waited for.
+
+        All ranks must call it after the same iteration.
+        """
+        tensors: dict[str, torch.Tensor] = {}
+        for place, averager in enumerate(self._averagers):
+            tensors[f"wire {place}"] = averager.wait()
+            if self._staged[place] is not averager.tensor:
+                tensors[f"staged {place}"] = self._staged[place]
+            tensors |= {f"{name} {place}": each for name, each in averager.lost.items()}
+        for place, changes in enumerate(self._changes):
+            tensors |= {f"{name} {place}": each for name, each in changes.tensors().items()}
+        for place, p in enumerate(self._parameters):
+            tensors[f"parameter {place}"] = p.detach()
+        state: dict[str, Any] = {
+            "iteration": self.iteration,
+            "method": str(self.method),
+            "tensors": {name: tensor.clone() for name, tensor in tensors.items()},
+            "optimizer": self.optimizer.state_dict(),
+        }
+        if self._late:
+            state["late"] = self._late.state_dict()
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from another run's state on this rank."""
-        raise NotImplementedError
+        """Go on from what this rank saved.
+
+        Raises:
+            ExchangeError: it is the state of another method or of another model.
+        """
+        if state["method"] != str(self.method):
+            raise ExchangeError(
+                "what was on the wire was sent by another method",
+                value=state["method"],
+                allowed=str(self.method),
+                fix="keep [periods] as it was, or start anew",
+                everywhere=True,
+            )
+        self.iteration = int(state["iteration"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        kept = state["tensors"]
+        with torch.no_grad():
+            for place, averager in enumerate(self._averagers):
+                averager.tensor.copy_(kept[f"wire {place}"])
+                if self._staged[place] is not averager.tensor:
+                    self._staged[place].copy_(kept[f"staged {place}"])
+                for name, tensor in averager.lost.items():
+                    tensor.copy_(kept[f"{name} {place}"])
+            for place, changes in enumerate(self._changes):
+                for name, tensor in changes.tensors().items():
+                    tensor.copy_(kept[f"{name} {place}"])
+            for place, p in enumerate(self._parameters):
+                p.copy_(kept[f"parameter {place}"])
+        if self._late:
+            self._late.load_state_dict(state["late"])
 
 
 def _check(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:

@@ -1,0 +1,306 @@
+"""Training with what comes late over real ranks, bit for bit as in one process."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from grad.periods.in_numpy import trained
+from quantize_in_numpy import QuantizedMean
+from torch import nn
+
+from hpctrain import DataParallel, ExchangeConfig, World
+from hpctrain.comm.collect import all_gather, barrier_on
+from hpctrain.comm.engine import engine_of
+from hpctrain.comm.quantize import QUANTIZERS
+from hpctrain.errors import ExchangeError
+from hpctrain.grad.periods.method import PRESETS, Method, PeriodsConfig, mistakes_of
+from hpctrain.grad.periods.periods import Periods
+
+pytestmark = pytest.mark.mpi
+
+WIDTH = 5
+STEPS = 20
+ORDERED = ExchangeConfig(deterministic=True, progress="hooks")
+
+Optimizers = dict[str, Callable[[Any], torch.optim.Optimizer]]
+OPTIMIZERS: Optimizers = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.05),
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=0.01),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01),
+}
+
+
+class Net(nn.Module):
+    """With a layer that is used in every third iteration alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(WIDTH, 7)
+        self.rare = nn.Linear(7, 7)
+        self.last = nn.Linear(7, 1)
+
+    def forward(self, x: torch.Tensor, iteration: int) -> torch.Tensor:
+        x = torch.tanh(self.first(x))
+        if iteration % 3 == 2:
+            x = self.rare(x)
+        return self.last(x)
+
+
+def net() -> Net:
+    torch.manual_seed(7)
+    return Net()
+
+
+def loss_of(model: nn.Module, rank: int, iteration: int) -> torch.Tensor:
+    draw = torch.Generator().manual_seed(1000 * iteration + rank)
+    x = torch.randn(4, WIDTH, generator=draw)
+    loss: torch.Tensor = (model(x, iteration) - x.sum(1, keepdim=True)).square().mean()
+    return loss
+
+
+def config_of(method: Method) -> PeriodsConfig:
+    return PeriodsConfig(**dataclasses.asdict(method))
+
+
+def train(
+    method: Method, optimizer: str, world: World, steps: int = STEPS, limit_mb: float = 0.0
+) -> tuple[Net, Periods]:
+    """This rank's model, and what has trained it."""
+    model = net()
+    config = dataclasses.replace(config_of(method), memory_limit_mb=limit_mb)
+    periods = Periods(
+        model,
+        OPTIMIZERS[optimizer](model.parameters()),
+        config,
+        exchange=ExchangeConfig(deterministic=True, chunk_bytes=64),
+        world=world,
+    )
+    go_on(periods, world.rank, steps)
+    return model, periods
+
+
+def go_on(periods: Periods, rank: int, steps: int) -> None:
+    while periods.iteration < steps:
+        periods.optimizer.zero_grad()
+        loss_of(periods.module, rank, periods.iteration + 1).backward()
+        periods.step()
+
+
+def parameters(model: nn.Module) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def assert_same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    for number, (one, other) in enumerate(zip(found, expected, strict=True)):
+        assert torch.equal(one, other), f"parameter {number}: {one} is not {other}"
+
+
+# ---------------------------------------------------------------------- gradients
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_without_a_lag_bits_are_those_of_every_step(world: World, optimizer: str) -> None:
+    model, _ = train(Method(), optimizer, world)
+    plain = net()
+    wrapped = DataParallel(plain, ORDERED, world=world)
+    updates = OPTIMIZERS[optimizer](wrapped.parameters())
+    for iteration in range(1, STEPS + 1):
+        updates.zero_grad()
+        loss_of(wrapped, world.rank, iteration).backward()
+        updates.step()
+    assert_same(parameters(model), parameters(plain))
+
+
+class Alone:
+    """A model and its optimizer in one process, which stand for those of one rank or of all."""
+
+    def __init__(self, optimizer: str) -> None:
+        self.model = net()
+        self.optimizer = OPTIMIZERS[optimizer](self.model.parameters())
+
+    def gradient(self, rank: int, iteration: int) -> list[torch.Tensor | None]:
+        self.optimizer.zero_grad()
+        loss_of(self.model, rank, iteration).backward()
+        return [p.grad for p in self.model.parameters()]
+
+    def take(self, gradient: list[torch.Tensor | None]) -> None:
+        for p, g in zip(self.model.parameters(), gradient, strict=True):
+            p.grad = g
+        self.optimizer.step()
+
+
+def mean(gradients: list[list[torch.Tensor | None]]) -> list[torch.Tensor | None]:
+    """In the order of ranks; None where no rank has one."""
+    found: list[torch.Tensor | None] = []
+    for column in zip(*gradients, strict=True):
+        there = [g for g in column if g is not None]
+        zero = torch.zeros_like(there[0]) if there else None
+        total = None
+        for g in column if there else ():
+            term = zero if g is None else g
+            total = term if total is None else total + term
+        found.append(None if total is None else total * (1 / len(column)))
+    return found
+
+
+def expected(method: Method, optimizer: str, ranks: int) -> tuple[list[Alone], Alone]:
+    """All ranks after the last iteration, and what they agree on."""
+    shared = Alone(optimizer)
+    locals_ = [copy.deepcopy(shared) for _ in range(ranks)]
+    told: dict[int, list[list[torch.Tensor | None]]] = {}
+    for i in range(1, STEPS + 1):
+        told[i] = [alone.gradient(rank, i) for rank, alone in enumerate(locals_)]
+        told[i] = copy.deepcopy(told[i])
+        due = i - method.pull_lag
+        if due >= 1:
+            shared.take(mean(told[due]))
+            locals_ = [copy.deepcopy(shared) for _ in range(ranks)]
+        if method.merge == "correct" and method.pull_lag:
+            for rank, alone in enumerate(locals_):
+                first = due + 1 if due >= 1 else i
+                for ahead in range(first, i + 1):
+                    alone.take(told[ahead][rank])
+    return locals_, shared
+
+
+@pytest.mark.parametrize("lags", [(0, 1), (0, 2), (1, 2), (2, 5)], ids=str)
+@pytest.mark.parametrize("merge", ["late", "correct"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_gradients_that_come_late(
+    world: World, optimizer: str, merge: str, lags: tuple[int, int]
+) -> None:
+    method = Method(push_lag=lags[0], pull_lag=lags[1], merge=merge)
+    model, periods = train(method, optimizer, world)
+    locals_, shared = expected(method, optimizer, world.size)
+    assert_same(parameters(model), parameters(locals_[world.rank].model))
+    with periods.shared():
+        assert_same(parameters(model), parameters(shared.model))
+    assert_same(parameters(model), parameters(locals_[world.rank].model))
+    periods.finish()
+    everyones = all_gather(engine_of(world).control, parameters(model))
+    for other in everyones:
+        assert_same(other, everyones[0])
+
+
+# ---------------------------------------------------------------------- changes
+
+
+class Quadratic(nn.Module):
+    """Its gradient is what it is away from a point, exactly in any order."""
+
+    def __init__(self, start: np.ndarray, cuts: list[int]) -> None:
+        super().__init__()
+        self.parts = nn.ParameterList(
+            nn.Parameter(part.clone()) for part in torch.from_numpy(start).split(cuts)
+        )
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_any_method_with_changes(world: World, seed: int) -> None:
+    """As NumPy, fragment by fragment."""
+    draw = random.Random(seed)
+    period = draw.randint(1, 6)
+    merge = draw.choice(("correct", "replace", "mix", "eager"))
+    pull_lag = period if merge == "eager" else draw.randint(0, period)
+    method = Method(
+        sends="changes",
+        period=period,
+        push_lag=draw.randint(0, max(0, pull_lag - 1)),
+        pull_lag=pull_lag,
+        merge=merge,
+        mix=draw.random() if merge == "mix" else 0.0,
+        outer=draw.choice(("sgd", "nesterov")),
+        outer_rate=0.7,
+        outer_momentum=0.9,
+        wire=draw.choice(("same", *QUANTIZERS)),
+    )
+    assert not list(mistakes_of(method))
+    numbers = np.random.default_rng(seed)
+    count = draw.choice((1, 64, 70, 300))
+    start = numbers.standard_normal(count).astype(np.float32)
+    towards = numbers.standard_normal((STEPS + 1, world.size, count)).astype(np.float32)
+    cut = draw.randint(0, count)
+    module = Quadratic(start, [cut, count - cut])
+    periods = Periods(
+        module,
+        torch.optim.SGD(module.parameters(), lr=0.125),
+        config_of(method),
+        exchange=ExchangeConfig(deterministic=True),
+        world=world,
+    )
+    for i in range(1, STEPS + 1):
+        own = torch.from_numpy(towards[i, world.rank])
+        for p, to in zip(module.parameters(), own.split([cut, count - cut]), strict=True):
+            p.grad = p.detach() - to
+        periods.step()
+
+    def step(x: np.ndarray, i: int) -> np.ndarray:
+        return x - (x - towards[i]) * np.float32(0.125)
+
+    arguments = (method, start, world.size, STEPS, step)
+    if method.wire in QUANTIZERS and world.size > 1:
+        wire = QuantizedMean(count, world.size, QUANTIZERS[method.wire].bits)
+        result = trained(*arguments, wire)
+    else:
+        result = trained(*arguments)
+    found = torch.cat(parameters(module)).numpy()
+    np.testing.assert_array_equal(found, result.x[world.rank])
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_end_with_the_same_parameters_everywhere(world: World, name: str) -> None:
+    model, periods = train(PRESETS[name], "adamw", world, steps=35)
+    periods.finish()
+    everyones = all_gather(engine_of(world).control, parameters(model))
+    for other in everyones:
+        assert_same(other, everyones[0])
+    assert all(p.isfinite().all() for p in everyones[0])
+
+
+@pytest.mark.parametrize("name", [*PRESETS, "streaming_diloco int8"])
+@pytest.mark.parametrize("at", [1, 9, 16])
+def test_resumed_training_has_the_same_bits(world: World, name: str, at: int) -> None:
+    """Also with changes on the wire, and roundings that are still to be sent."""
+    preset, _, wire = name.partition(" ")
+    method = dataclasses.replace(PRESETS[preset], wire=wire or "same")
+    model, periods = train(method, "adamw", world, steps=at)
+    state = copy.deepcopy(periods.state_dict())
+    go_on(periods, world.rank, STEPS)
+    other, again = train(method, "adamw", world, steps=0)
+    again.load_state_dict(state)
+    go_on(again, world.rank, STEPS)
+    assert_same(parameters(other), parameters(model))
+
+
+# ---------------------------------------------------------------------- mistakes
+
+
+def test_memory_limit(world: World) -> None:
+    method = PRESETS["diloco"]
+    _, periods = train(method, "sgd", world, steps=0)
+    needed_mb = periods.held_bytes() / 1e6
+    train(method, "sgd", world, steps=0, limit_mb=needed_mb * 1.001)
+    with pytest.raises(ExchangeError, match="memory_limit_mb"):
+        train(method, "sgd", world, steps=0, limit_mb=needed_mb * 0.999)
+
+
+def test_state_of_another_method(world: World) -> None:
+    _, periods = train(PRESETS["local"], "sgd", world, steps=1)
+    _, other = train(PRESETS["diloco"], "sgd", world, steps=0)
+    with pytest.raises(ExchangeError, match="another method"):
+        other.load_state_dict(periods.state_dict())
+    barrier_on(engine_of(world).control)
+
+
+def test_optimizer_of_other_parameters(world: World) -> None:
+    model = net()
+    some = torch.optim.SGD(model.first.parameters(), lr=0.1)
+    with pytest.raises(ExchangeError, match="exactly the parameters"):
+        Periods(model, some, world=world)
