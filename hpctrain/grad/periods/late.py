@@ -74,11 +74,13 @@ class _Told:
 
     Attributes:
         own: this rank's own gradient, where a local step was taken on it.
+        used: which parameters it has.
         then: the parameters that it was computed at, where a correction needs them.
         settings: of the optimizer's groups in that iteration.
     """
 
     own: Flat | None
+    used: list[bool]
     then: Flat | None
     settings: list[dict[str, Any]]
 
@@ -117,9 +119,10 @@ class LateGradients:
         Args:
             out: flat; receives it.
         """
-        flat, used = self._split(out)
-        for view, like, p in zip(flat.views, used, self._parameters, strict=True):
-            like.fill_(p.grad is not None)
+        flat, flags = self._split(out)
+        used = [p.grad is not None for p in self._parameters]
+        flags.copy_(torch.tensor(used))
+        for view, p in zip(flat.views, self._parameters, strict=True):
             if p.grad is None:
                 view.zero_()
             else:
@@ -133,7 +136,7 @@ class LateGradients:
             then = self._copy_of(None)
             then.gather(self._parameters)
         settings = [_settings(group) for group in self._optimizer.param_groups]
-        self._told.append(_Told(own, then, settings))
+        self._told.append(_Told(own, used, then, settings))
         if self.before:
             if not self.before.is_taken:
                 self.before.take()
@@ -145,7 +148,8 @@ class LateGradients:
         Args:
             mean: flat; over ranks, as captured; overwritten.
         """
-        flat, used = self._split(mean)
+        flat, flags = self._split(mean)
+        used = (flags > 0).tolist()
         if self._method.pull_lag == 0:
             self._step(flat, used, None)
             return
@@ -165,13 +169,14 @@ class LateGradients:
             self.before.take()
             for ahead in self._told:
                 assert ahead.own is not None
-                self._step(ahead.own, None, ahead.settings)
+                self._step(ahead.own, ahead.used, ahead.settings)
 
     def state_dict(self) -> dict[str, Any]:
         """What is needed to go on, with copies of what will change."""
         told = [
             {
                 "own": each.own and each.own.tensor.clone(),
+                "used": each.used,
                 "then": each.then and each.then.tensor.clone(),
                 "settings": each.settings,
             }
@@ -189,7 +194,12 @@ class LateGradients:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there."""
         self._told = deque(
-            _Told(self._loaded(each["own"]), self._loaded(each["then"]), each["settings"])
+            _Told(
+                self._loaded(each["own"]),
+                each["used"],
+                self._loaded(each["then"]),
+                each["settings"],
+            )
             for each in state["told"]
         )
         if self.before and "values" in state:
@@ -204,7 +214,7 @@ class LateGradients:
     def _step(
         self,
         gradient: Flat,
-        used: Sequence[torch.Tensor] | None,
+        used: Sequence[bool],
         settings: Sequence[dict[str, Any]] | None,
     ) -> None:
         """One step of the optimizer on a gradient; gradients of parameters are as before then."""
@@ -212,8 +222,7 @@ class LateGradients:
         groups = self._optimizer.param_groups
         now = [_settings(group) for group in groups]
         for place, p in enumerate(self._parameters):
-            is_used = used is None or bool(used[place] > 0)
-            p.grad = _as_gradient(gradient.views[place], p) if is_used else None
+            p.grad = _as_gradient(gradient.views[place], p) if used[place] else None
         for group, values in zip(groups, settings or now, strict=True):
             group.update(values)
         self._optimizer.step()
@@ -222,10 +231,10 @@ class LateGradients:
         for p, before in zip(self._parameters, kept, strict=True):
             p.grad = before
 
-    def _split(self, flat: torch.Tensor) -> tuple[Flat, Sequence[torch.Tensor]]:
+    def _split(self, flat: torch.Tensor) -> tuple[Flat, torch.Tensor]:
         """The gradients in what is told, and the flags."""
         end, count = _gradient_end(self._parameters), elements_of(self._parameters)
-        return Flat(self._parameters, flat[:count]), list(flat[end:])
+        return Flat(self._parameters, flat[:count]), flat[end:]
 
     def _copy_of(self, values: torch.Tensor | None) -> Flat:
         flat = self._free.pop() if self._free else Flat(self._parameters)
