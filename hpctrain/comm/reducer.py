@@ -179,6 +179,12 @@ class Reducer:
         planned = self._planned[parts.slab][parts.start : parts.stop]
         return [post(p.operation, label, p.nbytes, p.scratch_bytes) for p in planned]
 
+    @property
+    def sent_bytes(self) -> int:
+        """Of messages of this rank so far; what the MPI library sends by itself is not seen."""
+        planned = (each.operation for cut in self._planned for each in cut)
+        return sum(getattr(operation, "sent_bytes", 0) for operation in planned)
+
     def summary(self) -> str:
         """How many slabs go which way."""
         return ", ".join(f"{count} by {way}" for way, count in Counter(self.ways).items())

@@ -8,7 +8,7 @@ least that an all-reduce can do (Patarasuk and Yuan, 2009).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -51,6 +51,8 @@ class _Planned(ABC):
         self._scratch = scratch
         self._tag = FIRST_FIXED_TAG + 2 * (lane % LANES)
         self._planned_for: MPI.Intracomm | None = None
+        self.sent_bytes = 0
+        """Of messages of this rank so far."""
 
     def _prepare(self, comm: MPI.Intracomm) -> None:
         """Plan at the first run."""
@@ -65,6 +67,11 @@ class _Planned(ABC):
             self._plan(comm, members, here, self._scratch)
             self._planned_for = comm
         assert self._planned_for is comm, "planned for another channel"
+
+    def _start(self, messages: Messages) -> Steps:
+        """Send and receive."""
+        self.sent_bytes += messages.nbytes
+        yield from messages.start()
 
     def _ready(self) -> Steps:
         """Wait until the slab may be read, which on a device is later than when it was posted."""
@@ -127,13 +134,9 @@ class Direct(_Planned):
         if self._narrow is not None:
             # Scaled before it is narrowed: a sum of float16 gradients may exceed 65,504.
             yield from self._compute(partial(torch.mul, self._slab, self._scale, out=self._wire))
-        if self._scatter:
-            MPI.Prequest.Startall(self._scatter)
-            yield self._scatter
+        yield from self._start(self._scatter)
         yield from self._compute(self._sum)
-        if self._gather:
-            MPI.Prequest.Startall(self._gather)
-            yield self._gather
+        yield from self._start(self._gather)
         if self._narrow is not None:
             yield from self._compute(partial(self._slab.copy_, self._wire))
 
@@ -154,13 +157,13 @@ class Direct(_Planned):
             for row, place in enumerate(others)
         }
         slice_of = {place: self._wire[cuts[place]] for place in others}
-        self._scatter = exchange(
+        self._scatter = Messages(
             comm,
             self._tag,
             {members[place]: slice_of[place] for place in others},
             {members[place]: parts[place] for place in others},
         )
-        self._gather = exchange(
+        self._gather = Messages(
             comm,
             self._tag + 1,
             {members[place]: mine for place in others},
@@ -187,19 +190,17 @@ class Ring(_Planned):
         yield from self._ready()
         if self._narrow is not None:
             yield from self._compute(partial(self._slab.mul_, self._scale))
-        for requests, sent, received, inbox in self._scatter:
+        for messages, sent, received, inbox in self._scatter:
             if self._narrow is not None:
                 yield from self._compute(partial(sent[1].copy_, sent[0]))
-            MPI.Prequest.Startall(requests)
-            yield requests
+            yield from self._start(messages)
             yield from self._compute(partial(received.add_, inbox))
         if self._narrow is not None:
             yield from self._compute(partial(self._sum[1].copy_, self._sum[0]))
         elif self._scale != 1:
             yield from self._compute(partial(self._sum[0].mul_, self._scale))
-        for requests in self._gather:
-            MPI.Prequest.Startall(requests)
-            yield requests
+        for messages in self._gather:
+            yield from self._start(messages)
         if self._narrow is not None:
             yield from self._compute(partial(self._slab.copy_, self._wire))
 
@@ -220,8 +221,8 @@ class Ring(_Planned):
             cut = cuts[place % size]
             return self._slab[cut], self._wire[cut]
 
-        def step(out: torch.Tensor, into: torch.Tensor, tag: int) -> list[MPI.Prequest]:
-            return exchange(comm, tag, {right: out}, {left: into})
+        def step(out: torch.Tensor, into: torch.Tensor, tag: int) -> Messages:
+            return Messages(comm, tag, {right: out}, {left: into})
 
         self._scatter = []
         self._gather = []
@@ -240,21 +241,40 @@ def narrower(wire: torch.dtype | None, dtype: torch.dtype) -> torch.dtype | None
     return wire if wire is not None and wire.itemsize < dtype.itemsize else None
 
 
-def exchange(
-    comm: MPI.Intracomm,
-    tag: int,
-    sends: dict[int, torch.Tensor],
-    receives: dict[int, torch.Tensor],
-) -> list[MPI.Prequest]:
-    """Messages to and from ranks, to be started; empty ones are left out on both sides."""
-    requests = [
-        comm.Recv_init([buffer_of(part), MPI.BYTE], rank, tag)
-        for rank, part in receives.items()
-        if part.numel()
-    ]
-    requests += [
-        comm.Send_init([buffer_of(part), MPI.BYTE], rank, tag)
-        for rank, part in sends.items()
-        if part.numel()
-    ]
-    return requests
+class Messages:
+    """Messages to and from ranks that begin together; empty ones are left out on both sides.
+
+    Args:
+        comm: over which.
+        tag: of all of them.
+        sends: what is sent, by rank.
+        receives: where what comes is put, by rank.
+
+    Attributes:
+        nbytes: that are sent.
+    """
+
+    def __init__(
+        self,
+        comm: MPI.Intracomm,
+        tag: int,
+        sends: Mapping[int, torch.Tensor],
+        receives: Mapping[int, torch.Tensor],
+    ) -> None:
+        self.nbytes = sum(part.nbytes for part in sends.values())
+        self._requests = [
+            comm.Recv_init([buffer_of(part), MPI.BYTE], rank, tag)
+            for rank, part in receives.items()
+            if part.numel()
+        ]
+        self._requests += [
+            comm.Send_init([buffer_of(part), MPI.BYTE], rank, tag)
+            for rank, part in sends.items()
+            if part.numel()
+        ]
+
+    def start(self) -> Steps:
+        """Send and receive once; wait for the end."""
+        if self._requests:
+            MPI.Prequest.Startall(self._requests)
+            yield self._requests

@@ -12,7 +12,7 @@ from mpi4py import MPI
 
 from hpctrain.comm.channel import FIRST_FIXED_TAG, LANES, Steps
 from hpctrain.comm.quantize import GROUP, Quantizer
-from hpctrain.comm.reduce.messages import exchange
+from hpctrain.comm.reduce.messages import Messages
 from hpctrain.comm.reduce.sums import slices
 
 
@@ -30,6 +30,7 @@ class QuantizedMean:
         unsent: what rounding has lost of this rank's own elements so far.
         unshared: what rounding has lost of the averages that this rank has made; of the slab's
             length, and zero outside its slice.
+        sent_bytes: of messages of this rank so far.
     """
 
     def __init__(self, slab: torch.Tensor, quantizer: Quantizer, lane: int = 0) -> None:
@@ -41,6 +42,7 @@ class QuantizedMean:
         self._quantizer = quantizer
         self._tag = FIRST_FIXED_TAG + 2 * (lane % LANES)
         self._planned_for: MPI.Intracomm | None = None
+        self.sent_bytes = 0
 
     def __call__(self, comm: MPI.Intracomm, tag: int) -> Steps:
         """The operation."""
@@ -50,10 +52,8 @@ class QuantizedMean:
         for cut, code in zip(self._cuts, self._codes, strict=True):
             self._quantizer.encode(slab[cut], code)
             self._quantizer.decode(code, self.unsent[cut])
-        torch.sub(slab, self.unsent, out=self.unsent)
-        if self._scatter:
-            MPI.Prequest.Startall(self._scatter)
-            yield self._scatter
+        torch.sub(slab, self.unsent, out=self.unsent).nan_to_num_(0.0, 0.0, 0.0)
+        yield from self._start(self._scatter)
         mean, mine = slab[self._mine], self._codes[comm.rank]
         self._quantizer.decode(self._parts[0], mean)
         for part in self._parts[1:]:
@@ -64,18 +64,14 @@ class QuantizedMean:
         mean += unshared
         self._quantizer.encode(mean, mine)
         self._quantizer.decode(mine, self._term)
-        torch.sub(mean, self._term, out=unshared)
-        if self._gather:
-            MPI.Prequest.Startall(self._gather)
-            yield self._gather
+        torch.sub(mean, self._term, out=unshared).nan_to_num_(0.0, 0.0, 0.0)
+        yield from self._start(self._gather)
         for cut, code in zip(self._cuts, self._codes, strict=True):
             self._quantizer.decode(code, slab[cut])
 
-    @staticmethod
-    def sent_bytes(count: int, quantizer: Quantizer, rank: int, size: int) -> int:
-        """Bytes that a rank sends for `count` elements."""
-        sizes = [quantizer.nbytes(cut.stop - cut.start) for cut in slices(count, size, GROUP)]
-        return sum(sizes) - sizes[rank] + (size - 1) * sizes[rank]
+    def _start(self, messages: Messages) -> Steps:
+        self.sent_bytes += messages.nbytes
+        yield from messages.start()
 
     def _prepare(self, comm: MPI.Intracomm) -> None:
         """Plan at the first run."""
@@ -96,6 +92,6 @@ class QuantizedMean:
         self._term = torch.empty(self._mine.stop - self._mine.start)
         others = [other for other in range(size) if other != rank]
         codes = {other: self._codes[other] for other in others}
-        self._scatter = exchange(comm, self._tag, codes, {o: self._parts[o] for o in others})
+        self._scatter = Messages(comm, self._tag, codes, {o: self._parts[o] for o in others})
         own = dict.fromkeys(others, self._codes[rank])
-        self._gather = exchange(comm, self._tag + 1, own, codes)
+        self._gather = Messages(comm, self._tag + 1, own, codes)

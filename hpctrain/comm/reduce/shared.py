@@ -66,6 +66,11 @@ class SharedSum:
         self._across = between(mine, 1.0, wire, place.across, scratch, lane)
         self._spread = SumInOrder(others, [mine], 1.0) if others else None
 
+    @property
+    def sent_bytes(self) -> int:
+        """Of messages of this rank so far."""
+        return self._across.sent_bytes if self._across else 0
+
     def __call__(self, comm: MPI.Intracomm, tag: int) -> Steps:
         """The operation."""
         place = self._place

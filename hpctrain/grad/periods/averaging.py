@@ -75,6 +75,12 @@ class Averager:
         return self.tensor
 
     @property
+    def sent_bytes(self) -> int:
+        """Of messages of this rank so far; see `Reducer.sent_bytes`."""
+        by_sums = self._reducer.sent_bytes if self._reducer else 0
+        return by_sums + sum(mean.sent_bytes for mean in self._means)
+
+    @property
     def lost(self) -> dict[str, torch.Tensor]:
         """What rounding has lost and is to be sent: a part of the state of a run."""
         found = {}

@@ -167,6 +167,11 @@ class Periods:
                 for part, flat in zip(parts, own, strict=False):
                     flat.scatter(part)
 
+    @property
+    def sent_bytes(self) -> int:
+        """Of messages of this rank so far, but for those at the end; see `Reducer.sent_bytes`."""
+        return sum(averager.sent_bytes for averager in self._averagers)
+
     # ------------------------------------------------------------------ parts
 
     def _act(self, action: Action) -> None:
