@@ -38,12 +38,14 @@ from hpctrain.data.generators import seed_generators
 from hpctrain.errors import ExchangeError, JobError, MismatchError, shortened, shown, told
 from hpctrain.grad.coded.config import CodedConfig
 from hpctrain.grad.config import ExchangeConfig
+from hpctrain.grad.periods.method import PeriodsConfig
 from hpctrain.stop import StopRequest
 from hpctrain.submit.cache import ENTRY
 from hpctrain.submit.config import SubmitConfig
 from hpctrain.train.checkpoint.config import CheckpointConfig
 from hpctrain.train.checks import model_mistake
 from hpctrain.train.coded_loop import CodedTrainer
+from hpctrain.train.periods_loop import PeriodsTrainer
 from hpctrain.train.inject import InjectConfig
 from hpctrain.train.loop import Trainer
 from hpctrain.train.optimizer import ScheduleConfig, check_optimizer
@@ -60,6 +62,8 @@ _GIVEN = {
     "sample": ("model",),
 }
 """What functions of the module are called with, in order."""
+TRAINERS = {"allreduce": Trainer, "coded": CodedTrainer, "periods": PeriodsTrainer}
+"""By exchange.mode."""
 MOST_SAMPLES = 1 << 24
 """Of a step. A larger batch is a slip: reading it would take hours and look like a hang."""
 
@@ -85,6 +89,7 @@ class Job:
     schedule: ScheduleConfig = ScheduleConfig()
     exchange: ExchangeConfig = ExchangeConfig()
     coded: CodedConfig = CodedConfig()
+    periods: PeriodsConfig = PeriodsConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     run: RunConfig = RunConfig()
     inject: InjectConfig = InjectConfig()
@@ -208,8 +213,7 @@ class LoadedJob:
                 raise JobError(f"{world.name_of(rank)}: {text}", everywhere=True)
         assert parts is not None
         try:
-            is_coded = self.job.exchange.mode == "coded"
-            return (CodedTrainer if is_coded else Trainer)(
+            return TRAINERS[self.job.exchange.mode](
                 world,
                 parts,
                 self.job.settings,
@@ -410,6 +414,8 @@ def _check_together(job: Job, mistakes: list[str]) -> None:
             mistakes.append("train.nonfinite: 'skip' is not possible with exchange.next_forward")
     if job.exchange.mode != "coded" and job.coded != CodedConfig():
         mistakes.append("coded: does nothing unless exchange.mode = 'coded'")
+    if job.exchange.mode != "periods" and job.periods != PeriodsConfig():
+        mistakes.append("periods: does nothing unless exchange.mode = 'periods'")
     if job.inject.step is not None and job.inject.step > job.train.steps:
         mistakes.append(f"inject.step: got {job.inject.step}; the run has {job.train.steps} steps")
 

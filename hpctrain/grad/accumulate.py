@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from hpctrain.errors import TrainingError
 from hpctrain.grad.data_parallel import DataParallel
+from hpctrain.world import World
 
 Subset = TypeVar("Subset")
 
@@ -37,15 +38,28 @@ def accumulate(
     if count == 0:
         model.exchange.finish()
         return
-    stream: Iterator[Subset] = iter(subsets)
+    index = 0
+    for subset in streamed(subsets, count, model.world):
+        index += 1
+        with nullcontext() if index == count else model.no_sync():
+            backward(subset)
+        del subset
+
+
+def streamed(subsets: Iterable[Subset], count: int, world: World) -> Iterator[Subset]:
+    """So many subsets, each let go of before the next is read.
+
+    Raises:
+        TrainingError: fewer came.
+    """
+    stream = iter(subsets)
     for index in range(count):
         try:
             subset = next(stream)
         except StopIteration:
             raise TrainingError(
                 f"the data ended after {index} of {count} subsets of a step",
-                where=f"{model.world.name_of(model.world.rank)}, {model.world.position}",
+                where=f"{world.name_of(world.rank)}, {world.position}",
             ) from None
-        with nullcontext() if index == count - 1 else model.no_sync():
-            backward(subset)
+        yield subset
         del subset

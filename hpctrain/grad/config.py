@@ -12,18 +12,25 @@ from hpctrain.config import LONGEST_S, check, option
 from hpctrain.errors import ExchangeError
 from hpctrain.grad.replicas import BUFFER_MODES
 
-USED_BY_CODED = ("mode", "block_bytes", "deadline_s")
-"""Settings of the exchange that mode = 'coded' heeds; it has more of its own."""
+USED_BY = {
+    "coded": ("mode", "block_bytes", "deadline_s"),
+    "periods": (
+        *("mode", "way", "deterministic", "buffers", "in_flight_bytes", "chunk_bytes"),
+        "deadline_s",
+    ),
+}
+"""By mode: settings of the exchange that it heeds; it has more of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExchangeConfig:
     """How gradients get from each rank to all ranks."""
 
-    mode: str = option("allreduce", choices=("allreduce", "coded"))
+    mode: str = option("allreduce", choices=("allreduce", "coded", "periods"))
     """`allreduce`: every rank computes its share of the batch, and gradients are averaged over all
     ranks. `coded`: several ranks hold each part of the batch, and nobody waits for a slow or dead
-    one; see [coded]."""
+    one; see [coded]. `periods`: each rank takes steps of its own, and takes in those of others
+    later; see [periods]."""
     overlap: bool = True
     """Send a block while backward computes the next; false sends all blocks after backward."""
     next_forward: bool = False
@@ -50,15 +57,16 @@ class ExchangeConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        used = USED_BY.get(self.mode)
         idle = [
             field.name
             for field in fields(self)
-            if field.name not in USED_BY_CODED and getattr(self, field.name) != field.default
+            if used and field.name not in used and getattr(self, field.name) != field.default
         ]
-        if self.mode == "coded" and idle:
+        if used and idle:
             raise ExchangeError(
-                f"with mode = 'coded', {', '.join(idle)} would do nothing",
-                allowed=", ".join(USED_BY_CODED),
+                f"with mode = {self.mode!r}, {', '.join(idle)} would do nothing",
+                allowed=", ".join(used),
                 fix="leave them out",
             )
         if self.way == "native" and (self.deterministic or self.wire != "same"):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch import nn
 from hpctrain.comm.channel import Channel, Ticket
 from hpctrain.comm.collect import all_gather, all_sum, barrier_on, broadcast, figures_of_all
 from hpctrain.comm.engine import engine_of
-from hpctrain.data.batches import Batches, MapStyle, is_indexed
+from hpctrain.data.batches import Batches, MapStyle, Share, is_indexed
 from hpctrain.data.generators import generator_state, restore_generators, seed_generators
 from hpctrain.errors import JobError, RankDiedError, StoppedError, TrainingError
 from hpctrain.grad.accumulate import accumulate
@@ -221,12 +222,17 @@ class Trainer:
         while self.step_number < self.settings.train.steps:
             self.step()
             self._attend()
+        self._finish_steps()
         figures = self.evaluate()
         if self._stops:
             self._end_early()
         self.save()
         self._close()
         return figures
+
+    def _finish_steps(self) -> None:
+        """The last step has been taken. Collective."""
+        self.parallel.wait_for_gradients()
 
     def _attend(self) -> None:
         """Do what is to be done after a step, unless it has been done."""
@@ -263,8 +269,6 @@ class Trainer:
 
         def backward(subset: Any) -> None:
             nonlocal loss
-            # Every rank's gradient is divided by the number of ranks: undo that, and weight
-            # each sample equally, however many of them a rank has.
             place, size = next(sizes)
             weight = size / share.total
             with self._phase("forward"):
@@ -274,14 +278,13 @@ class Trainer:
                 part = value * weight
             with self._phase("backward"), self.injection.slowed_backward(step):
                 self.injection.strike(step, place, len(share.sizes))
-                (part * self.world.size).backward()
+                (part * self._multiple(share)).backward()
             loss = loss + part.detach()
 
         with self._phase("data"):
-            self.parallel.exchange.weight = share.weight
             on_device = (moved(subset, self.device) for subset in share.subsets)
             subsets = self._in_phase("data", on_device)
-        accumulate(self.parallel, subsets, len(share.sizes), backward)
+        self._accumulate(share, subsets, backward)
 
         own_loss = float(loss)
         vote = figures_of_all(own_loss, self._stop.has_come)
@@ -291,7 +294,7 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
         self.step_number += 1
         self.recording.figures.pending.append(
-            StepFigures(own_loss, norm, self.parallel.exchange.exposed_s, now_s() - begun_s)
+            StepFigures(own_loss, norm, self._exposed_s, now_s() - begun_s)
         )
         self.recording.step_ended(self.step_number)
         return True
@@ -299,11 +302,10 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Mean loss and metrics over the validation data; empty without any."""
-        self.parallel.wait_for_gradients()
         data = self.parts.validation_data
         if data is None or len(data) == 0:
             return {}
-        with self._phase("evaluate"):
+        with self._phase("evaluate"), self._as_of_all():
             was_training = self.model.training
             self.model.eval()
             totals: dict[str, float] = {}
@@ -362,10 +364,10 @@ class Trainer:
         Raises:
             CheckpointError: on all ranks, when the one before could not be written.
         """
-        self.parallel.wait_for_gradients()
         own: dict[str, Any] = {"generators": generator_state()}
         if self.settings.exchange.buffers == "local":
             own["buffers"] = resume.local_buffers(self.parts.model)
+        self.parallel.wait_for_gradients()
         self._write(self.parallel.exchange.state_dict(), own)
 
     def _write(self, exchange: dict[str, Any], own: dict[str, Any]) -> None:
@@ -412,6 +414,33 @@ class Trainer:
             log.close()
 
     # ------------------------------------------------------------------ parts of a step
+
+    def _multiple(self, share: Share) -> float:
+        """What a part of the loss is multiplied with before backward.
+
+        Every rank's gradient is divided by the number of ranks: that is undone here, and each
+        sample counts equally, however many of them a rank has.
+        """
+        del share
+        return self.world.size
+
+    def _accumulate(
+        self, share: Share, subsets: Iterable[Any], backward: Callable[[Any], None]
+    ) -> None:
+        """Add up gradients over a rank's subsets, and exchange them. Collective."""
+        self.parallel.exchange.weight = share.weight
+        accumulate(self.parallel, subsets, len(share.sizes), backward)
+
+    @property
+    def _exposed_s(self) -> float:
+        """How long the last step has waited for the wire."""
+        return self.parallel.exchange.exposed_s
+
+    @contextmanager
+    def _as_of_all(self) -> Iterator[None]:
+        """Inside, parameters are what all ranks together have made of them. Collective."""
+        self.parallel.wait_for_gradients()
+        yield
 
     def _begin_step(self) -> int:
         """The number of the step that begins, which is written down."""
@@ -667,13 +696,17 @@ class Trainer:
 
     def _sum_figures(self) -> np.ndarray:
         """The figures of the last steps, one row a step, added up over ranks. Collective."""
-        self.parallel.wait_for_gradients()  # a report is a meeting of all ranks anyway
+        self._settle()
         pending = self.recording.figures.pending
         for place, norm in enumerate(self._late_norms):
             pending[place] = replace(pending[place], gradient_norm=norm)
         self._late_norms = []
         mine = np.array([astuple(figures) for figures in pending])
         return all_sum(self.control, mine, label="metrics")
+
+    def _settle(self) -> None:
+        """All ranks meet for a report: have what is on the wire, as far as figures need it."""
+        self.parallel.wait_for_gradients()
 
     def _close(self, is_finished: bool = True) -> None:
         self.world.position.phase = "closing"

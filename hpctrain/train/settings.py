@@ -13,6 +13,7 @@ from hpctrain.config import check, option
 from hpctrain.data.batches import Collate, MapStyle
 from hpctrain.grad.coded.config import CodedConfig
 from hpctrain.grad.config import ExchangeConfig
+from hpctrain.grad.periods.method import PeriodsConfig
 from hpctrain.train.checkpoint.config import CheckpointConfig
 from hpctrain.train.device import DEVICES
 from hpctrain.train.inject import InjectConfig
@@ -79,6 +80,7 @@ class Settings:
     schedule: ScheduleConfig
     exchange: ExchangeConfig
     coded: CodedConfig = CodedConfig()
+    periods: PeriodsConfig = PeriodsConfig()
     checkpoint: CheckpointConfig
     run: RunConfig
     seed: int

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,16 @@ from hpctrain.comm.quantize import GROUP
 from hpctrain.grad.periods.flat import Flat, elements_of
 from hpctrain.grad.periods.merging import compensate
 from hpctrain.grad.periods.method import Method
+
+
+Check = Callable[[list[torch.Tensor], bool], bool]
+"""Whether to take a step on gradients, which it may change; told whether they are of all ranks."""
+
+
+def take_all(gradients: list[torch.Tensor], is_shared: bool) -> bool:
+    """A check that lets all steps be taken."""
+    del gradients, is_shared
+    return True
 
 
 class Before:
@@ -92,14 +102,20 @@ class LateGradients:
         method: with sends = "gradients".
         parameters: what is trained.
         optimizer: updates it.
+        check: asked before each step.
 
     Attributes:
         before: the parameters and the state that all ranks share, while local steps are ahead.
     """
 
     def __init__(
-        self, method: Method, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer
+        self,
+        method: Method,
+        parameters: Sequence[nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        check: Check = take_all,
     ) -> None:
+        self._check = check
         self._method = method
         self._parameters = parameters
         self._optimizer = optimizer
@@ -140,7 +156,8 @@ class LateGradients:
         if self.before:
             if not self.before.is_taken:
                 self.before.take()
-            self._optimizer.step()
+            assert own is not None
+            self._step(own, used, settings, is_shared=False)
 
     def pull(self, mean: torch.Tensor) -> None:
         """Take the step of the oldest iteration whose gradient had not come.
@@ -151,7 +168,7 @@ class LateGradients:
         flat, flags = self._split(mean)
         used = (flags > 0).tolist()
         if self._method.pull_lag == 0:
-            self._step(flat, used, None)
+            self._step(flat, used, None, is_shared=True)
             return
         told = self._told.popleft()
         if told.then is not None:
@@ -162,14 +179,14 @@ class LateGradients:
         if self.before:
             self.before.put_back()
             self.before.is_taken = False
-        self._step(flat, used, told.settings)
+        self._step(flat, used, told.settings, is_shared=True)
         if told.own is not None:
             self._free.append(told.own)
         if self.before and self._told:
             self.before.take()
             for ahead in self._told:
                 assert ahead.own is not None
-                self._step(ahead.own, ahead.used, ahead.settings)
+                self._step(ahead.own, ahead.used, ahead.settings, is_shared=False)
 
     def state_dict(self) -> dict[str, Any]:
         """What is needed to go on, with copies of what will change."""
@@ -216,6 +233,7 @@ class LateGradients:
         gradient: Flat,
         used: Sequence[bool],
         settings: Sequence[dict[str, Any]] | None,
+        is_shared: bool,
     ) -> None:
         """One step of the optimizer on a gradient; gradients of parameters are as before then."""
         kept = [p.grad for p in self._parameters]
@@ -225,7 +243,9 @@ class LateGradients:
             p.grad = _as_gradient(gradient.views[place], p) if used[place] else None
         for group, values in zip(groups, settings or now, strict=True):
             group.update(values)
-        self._optimizer.step()
+        taken = [p.grad for p in self._parameters if p.grad is not None]
+        if self._check(taken, is_shared):
+            self._optimizer.step()
         for group, values in zip(groups, now, strict=True):
             group.update(values)
         for p, before in zip(self._parameters, kept, strict=True):

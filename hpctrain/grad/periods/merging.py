@@ -129,6 +129,12 @@ class Changes:
         else:
             self.anchor.scatter(self._local)
 
+    def begin_anew(self) -> None:
+        """The local parameters are what all ranks agree on, and nothing is on the wire."""
+        for tensor in self.tensors().values():
+            tensor.zero_()
+        self.anchor.gather(self._local)
+
     def ahead(self) -> torch.Tensor:
         """What is to be averaged at the end, when nothing is on the wire."""
         if self._told is not None:  # each rank has an anchor of its own

@@ -20,7 +20,7 @@ from hpctrain.grad import replicas
 from hpctrain.grad.config import ExchangeConfig
 from hpctrain.grad.periods.averaging import Averager
 from hpctrain.grad.periods.flat import Flat, dtype_of, elements_of
-from hpctrain.grad.periods.late import LateGradients
+from hpctrain.grad.periods.late import Check, LateGradients, take_all
 from hpctrain.grad.periods.merging import Changes
 from hpctrain.grad.periods.method import PeriodsConfig
 from hpctrain.grad.periods.schedule import Act, Action, Schedule, fragments_of
@@ -75,6 +75,7 @@ class Periods:
         self.exchange = exchange = exchange or ExchangeConfig()
         self.method = method = config.method
         self.iteration = 0
+        self._pulls_from = 1
         self.exposed_s = 0.0
         self._schedule = Schedule(method)
         self._parameters = [p for p in module.parameters() if p.requires_grad]
@@ -89,10 +90,14 @@ class Periods:
         cuts = fragments_of([p.numel() for p in self._parameters], method.fragments)
         self._fragments = [self._parameters[cut] for cut in cuts]
         self._check_memory()
+        self.check: Check = take_all
+        """Asked before each step of the optimizer."""
         self._late: LateGradients | None = None
         self._changes: list[Changes] = []
         if method.sends == "gradients":
-            self._late = LateGradients(method, self._parameters, optimizer)
+            self._late = LateGradients(
+                method, self._parameters, optimizer, lambda *step: self.check(*step)
+            )
         else:
             ranks = self.world.size
             self._changes = [Changes(method, part, ranks) for part in self._fragments]
@@ -115,12 +120,25 @@ class Periods:
         """
         self.exposed_s = 0.0
         self.iteration += 1
-        if self._late is None:
+        own = [p.grad for p in self._parameters if p.grad is not None]
+        if self._late is None and self.check(own, False):
             self.optimizer.step()
         with torch.no_grad():
             for action in self._schedule.after(self.iteration):
-                self._act(action)
+                if action.of >= self._pulls_from:
+                    self._act(action)
         self._engine.poll()
+
+    def begin_anew(self, iteration: int) -> None:
+        """Go on after so many iterations from the module's parameters, with nothing on the wire.
+
+        All ranks must, and hold the same parameters.
+        """
+        self.iteration = iteration
+        with torch.no_grad():
+            for changes in self._changes:
+                changes.begin_anew()
+        self._pulls_from = iteration + 1
 
     def finish(self) -> None:
         """The last iteration is done: wait for all that is on its way, and agree. Collective.
@@ -129,6 +147,8 @@ class Periods:
         """
         with torch.no_grad():
             for action in self._schedule.in_flight(self.iteration):
+                if action.of < self._pulls_from:
+                    continue
                 if self._is_to_be_pushed(action):
                     self._act(Action(Act.PUSH, action.fragment, action.of))
                 self._act(Action(Act.PULL, action.fragment, action.of))
@@ -166,6 +186,16 @@ class Periods:
             with torch.no_grad():
                 for part, flat in zip(parts, own, strict=False):
                     flat.scatter(part)
+
+    @property
+    def summary(self) -> str:
+        """What is exchanged when, in one line."""
+        method = self.method
+        return (
+            f"{method.sends} of {method.period} iteration(s), taken in {method.pull_lag} later "
+            f"({method.merge}), in {method.fragments} fragment(s), {method.wire} on the wire; "
+            f"{self.held_bytes() / 1e6:.1f} MB of copies a rank"
+        )
 
     @property
     def sent_bytes(self) -> int:
@@ -288,6 +318,7 @@ class Periods:
             tensors[f"parameter {place}"] = p.detach()
         state: dict[str, Any] = {
             "iteration": self.iteration,
+            "pulls_from": self._pulls_from,
             "method": str(self.method),
             "tensors": {name: tensor.clone() for name, tensor in tensors.items()},
             "optimizer": self.optimizer.state_dict(),
@@ -311,6 +342,7 @@ class Periods:
                 everywhere=True,
             )
         self.iteration = int(state["iteration"])
+        self._pulls_from = int(state["pulls_from"])
         self.optimizer.load_state_dict(state["optimizer"])
         kept = state["tensors"]
         with torch.no_grad():

@@ -1,0 +1,148 @@
+"""The training loop where gradients or parameters of other ranks come late.
+
+A step is `Trainer.step`; here stands what is exchanged otherwise, and what a rank has for itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from hpctrain.comm.collect import barrier_on
+from hpctrain.data.batches import Share
+from hpctrain.data.generators import generator_state, restore_generators, seed_generators
+from hpctrain.errors import TrainingError
+from hpctrain.grad.accumulate import streamed
+from hpctrain.grad.periods.periods import Periods
+from hpctrain.trace import now_s
+from hpctrain.train.loop import Trainer
+
+_log = logging.getLogger("hpctrain")
+
+
+class PeriodsTrainer(Trainer):
+    """Trains a model with steps of each rank's own. Construction is collective."""
+
+    @property
+    def may_recover(self) -> bool:
+        """What is on the wire when a rank dies cannot be had again: the run ends."""
+        return False
+
+    def open_exchange(self) -> None:
+        """Prepare model and optimizer. Collective."""
+        settings = self.settings
+        self.model = self.parts.model
+        self.periods = Periods(
+            self.parts.model,
+            self.optimizer,
+            settings.periods,
+            exchange=settings.exchange,
+            world=self.world,
+        )
+        self.periods.check = self._take_or_leave
+        if self.world.is_root:
+            self.console.say(f"periods: {self.periods.summary}")
+
+    # ------------------------------------------------------------------ parts of a step
+
+    def _multiple(self, share: Share) -> float:
+        if self.periods.method.sends == "gradients":
+            return self.world.size
+        return share.total / share.samples  # this rank's step is on the mean over its own samples
+
+    def _accumulate(
+        self, share: Share, subsets: Iterable[Any], backward: Callable[[Any], None]
+    ) -> None:
+        for subset in streamed(subsets, len(share.sizes), self.world):
+            backward(subset)
+            del subset
+
+    @property
+    def _exposed_s(self) -> float:
+        return self.periods.exposed_s
+
+    def _update(self, loss: torch.Tensor) -> float:
+        """Take this rank's step, and what has come. Returns the norm of its own gradient."""
+        self._own_loss = float(loss)
+        self._norm = math.nan
+        self._set_rate()
+        self.periods.step()
+        return self._norm
+
+    def _take_or_leave(self, gradients: list[torch.Tensor], is_shared: bool) -> bool:
+        """Whether to take a step on gradients, which are clipped.
+
+        Args:
+            gradients: of all parameters that have one.
+            is_shared: whether they are the mean over ranks, and not this rank's own.
+        """
+        norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+        self._norm = norm
+        if math.isfinite(norm):
+            limit = self.settings.train.clip_norm
+            if limit is not None and norm > limit:
+                for gradient in gradients:
+                    gradient.mul_(limit / norm)
+            return True
+        whose = "that of all ranks together" if is_shared else "its own"
+        if self.settings.train.nonfinite == "skip":
+            _log.warning("update left out, gradient is not finite: %s", whose)
+            return False
+        raise TrainingError(
+            f"gradient is not finite in step {self.step_number + 1}: {whose}",
+            value=norm,
+            where=self.world.name_of(self.world.rank),
+            fix="look for bad values in the input data, lower the learning rate, set "
+            "train.clip_norm, or train.nonfinite = 'skip'",
+            everywhere=is_shared,
+        )
+
+    @contextmanager
+    def _as_of_all(self) -> Iterator[None]:
+        with self.periods.shared():
+            yield
+
+    def _own_s(self) -> float:
+        return now_s()
+
+    # ------------------------------------------------------------------ around the steps
+
+    def _finish_steps(self) -> None:
+        self.periods.finish()
+
+    def save(self) -> None:
+        """Begin a checkpoint: of what all agree on, and of each rank's own with what is on the wire.
+
+        Raises:
+            CheckpointError: on all ranks, when the one before could not be written.
+        """
+        own = {"generators": generator_state(), "periods": self.periods.state_dict()}
+        with self.periods.shared():
+            self._write({}, own)
+
+    def _resume_exchange(self, state: Mapping[str, Any], ranks: int) -> None:
+        own = state["own"]
+        if own:
+            self.periods.load_state_dict(own["periods"])
+            restore_generators(own["generators"])
+            return
+        self.periods.begin_anew(self.step_number)
+        seed_generators(self.settings.seed + 1 + self.world.rank + 1_000_003 * self.step_number)
+        _log.warning(
+            "the checkpoint is of %d ranks: what was on the wire is left out, all begin with the "
+            "parameters that they agreed on and the optimizer's state of rank 0, and random "
+            "generators start anew",
+            ranks,
+        )
+
+    def _settle(self) -> None:
+        pass
+
+    def _part(self) -> str:
+        barrier_on(self.control, "end of training")
+        return "periods"
