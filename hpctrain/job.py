@@ -45,10 +45,10 @@ from hpctrain.submit.config import SubmitConfig
 from hpctrain.train.checkpoint.config import CheckpointConfig
 from hpctrain.train.checks import model_mistake
 from hpctrain.train.coded_loop import CodedTrainer
-from hpctrain.train.periods_loop import PeriodsTrainer
 from hpctrain.train.inject import InjectConfig
 from hpctrain.train.loop import Trainer
 from hpctrain.train.optimizer import ScheduleConfig, check_optimizer
+from hpctrain.train.periods_loop import PeriodsTrainer
 from hpctrain.train.run_folder import KEPT_APART, RunConfig
 from hpctrain.train.settings import Parts, Settings, TrainConfig
 from hpctrain.world import World

@@ -38,10 +38,10 @@ def accumulate(
     if count == 0:
         model.exchange.finish()
         return
-    index = 0
-    for subset in streamed(subsets, count, model.world):
-        index += 1
-        with nullcontext() if index == count else model.no_sync():
+    stream = streamed(subsets, count, model.world)
+    for index in range(count):
+        subset = next(stream)
+        with nullcontext() if index == count - 1 else model.no_sync():
             backward(subset)
         del subset
 

@@ -116,7 +116,7 @@ class PeriodsTrainer(Trainer):
         self.periods.finish()
 
     def save(self) -> None:
-        """Begin a checkpoint: of what all agree on, and of each rank's own with what is on the wire.
+        """Begin a checkpoint, with what is on the wire.
 
         Raises:
             CheckpointError: on all ranks, when the one before could not be written.

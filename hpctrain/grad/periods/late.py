@@ -15,7 +15,6 @@ from hpctrain.grad.periods.flat import Flat, elements_of
 from hpctrain.grad.periods.merging import compensate
 from hpctrain.grad.periods.method import Method
 
-
 Check = Callable[[list[torch.Tensor], bool], bool]
 """Whether to take a step on gradients, which it may change; told whether they are of all ranks."""
 
