@@ -208,7 +208,12 @@ class Block:
 
 def gradient_norm(blocks: Sequence[Block]) -> torch.Tensor:
     """Euclidean norm of all gradients of `blocks` together, float64."""
-    norms = [_norm(block.gradients) for block in blocks]
+    return norm_of([block.gradients for block in blocks])
+
+
+def norm_of(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Euclidean norm of gradients together, float64."""
+    norms = [_norm(gradient) for gradient in gradients]
     if not norms:
         return torch.zeros((), dtype=torch.float64)
     total: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms))

@@ -18,6 +18,7 @@ from hpctrain.data.batches import Share
 from hpctrain.data.generators import generator_state, restore_generators, seed_generators
 from hpctrain.errors import TrainingError
 from hpctrain.grad.accumulate import streamed
+from hpctrain.grad.blocks import norm_of
 from hpctrain.grad.periods.periods import Periods
 from hpctrain.trace import now_s
 from hpctrain.train.loop import Trainer
@@ -68,7 +69,6 @@ class PeriodsTrainer(Trainer):
 
     def _update(self, loss: torch.Tensor) -> float:
         """Take this rank's step, and what has come. Returns the norm of its own gradient."""
-        self._own_loss = float(loss)
         self._norm = math.nan
         self._set_rate()
         self.periods.step()
@@ -81,7 +81,7 @@ class PeriodsTrainer(Trainer):
             gradients: of all parameters that have one.
             is_shared: whether they are the mean over ranks, and not this rank's own.
         """
-        norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+        norm = float(norm_of(gradients))
         self._norm = norm
         if math.isfinite(norm):
             limit = self.settings.train.clip_norm
