@@ -1,0 +1,1 @@
+"""One encoder that ranks with different tasks train together: what the root makes of its copies."""

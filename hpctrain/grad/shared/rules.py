@@ -1,0 +1,174 @@
+"""What a root makes of the parameters that children send back: a mean, or what a few cannot spoil.
+
+Every rule takes one row a child, all of the same length, and gives one row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from hpctrain.config import check, option
+from hpctrain.errors import JobError
+
+RULES = ("mean", "median", "trimmed", "krum")
+SERVERS = ("sgd", "adam")
+MOMENT_DECAY = 0.99
+FLOOR = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuleConfig:
+    """How the parameters that children return become the next ones."""
+
+    rule: str = option("mean", choices=RULES)
+    """`mean` weighs children by their samples (FedAvg, McMahan et al., 2017); `median` of each
+    element, `trimmed` mean of each element without the `tolerates` largest and smallest (Yin et
+    al., 2018), and `krum`, the child that is nearest to its neighbours (Blanchard et al., 2017),
+    are not spoilt by a few children."""
+    tolerates: int = option(0, minimum=0)
+    """How many children may send anything, with `trimmed` and `krum`."""
+    server: str = option("sgd", choices=SERVERS)
+    """Optimizer of the root, which takes the change that the rule gives as its gradient; with
+    `adam` it is FedAdam (Reddi et al., 2021)."""
+    server_rate: float = option(1.0, above=0)
+    """Its learning rate."""
+    server_momentum: float = option(0.0, minimum=0, maximum=0.9999)
+    """Its momentum, or Adam's first decay."""
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.tolerates and self.rule not in ("trimmed", "krum"):
+            raise JobError(
+                f"tolerates does nothing with rule = {self.rule!r}",
+                allowed="rule = 'trimmed' or 'krum'",
+                everywhere=True,
+            )
+
+    @property
+    def fewest(self) -> int:
+        """Children that must have answered for the rule to mean anything."""
+        if self.rule == "krum":
+            return 2 * self.tolerates + 3
+        if self.rule == "trimmed":
+            return 2 * self.tolerates + 1
+        return 1
+
+    def refuse_few(self, children: int) -> None:
+        """Make sure that there are enough children.
+
+        Raises:
+            JobError: there are not.
+        """
+        if children < self.fewest:
+            raise JobError(
+                f"rule = {self.rule!r} that tolerates {self.tolerates} needs more children",
+                value=children,
+                allowed=f"{self.fewest} or more",
+                fix="start more ranks, lower tolerates, or take another rule",
+                everywhere=True,
+            )
+
+
+def combined(config: RuleConfig, rows: torch.Tensor, samples: Sequence[int]) -> torch.Tensor:
+    """What the rule makes of the rows.
+
+    Args:
+        config: which rule.
+        rows: one child a row; all finite.
+        samples: of each child's training data.
+    """
+    combine: dict[str, Callable[[], torch.Tensor]] = {
+        "mean": lambda: weighted_mean(rows, samples),
+        "median": lambda: median(rows),
+        "trimmed": lambda: trimmed_mean(rows, config.tolerates),
+        "krum": lambda: rows[krum(rows, config.tolerates)].clone(),
+    }
+    return combine[config.rule]()
+
+
+def weighted_mean(rows: torch.Tensor, samples: Sequence[int]) -> torch.Tensor:
+    """The mean, in which each sample of a child counts alike; summed in the order of children."""
+    total = sum(samples)
+    mean = torch.zeros_like(rows[0])
+    for row, count in zip(rows, samples, strict=True):
+        mean += row * (count / total)
+    return mean
+
+
+def median(rows: torch.Tensor) -> torch.Tensor:
+    """Of each element; of an even number of rows, the mean of the two in the middle."""
+    ordered = rows.sort(dim=0).values
+    middle = len(rows) // 2
+    if len(rows) % 2:
+        return ordered[middle].clone()
+    return (ordered[middle - 1] + ordered[middle]) / 2
+
+
+def trimmed_mean(rows: torch.Tensor, tolerates: int) -> torch.Tensor:
+    """Of each element, without so many of the largest and of the smallest."""
+    ordered = rows.sort(dim=0).values
+    return ordered[tolerates : len(rows) - tolerates].mean(dim=0)
+
+
+def krum(rows: torch.Tensor, tolerates: int) -> int:
+    """The row with the least sum of squared distances to its n - f - 2 nearest others."""
+    wide = rows.double()
+    distances = torch.stack([(wide - row).square().sum(dim=1) for row in wide])
+    near = len(rows) - tolerates - 2
+    scores = [
+        row[[i for i in range(len(rows)) if i != place]].sort().values[:near].sum()
+        for place, row in enumerate(distances)
+    ]
+    return int(torch.stack(scores).argmin())
+
+
+class Server:
+    """The root's optimizer: moves the encoder towards what the rule gives.
+
+    Args:
+        config: which optimizer.
+        start: initial parameters, flat.
+
+    Attributes:
+        target: the parameters that go out next.
+    """
+
+    def __init__(self, config: RuleConfig, start: torch.Tensor) -> None:
+        self._config = config
+        self.target = start.clone()
+        self._momentum = torch.zeros_like(start)
+        self._squares = torch.zeros_like(start)
+
+    def step(self, rows: torch.Tensor, samples: Sequence[int]) -> None:
+        """Take in what children have returned.
+
+        Args:
+            rows: the parameters of one child a row; all finite.
+            samples: of each child's training data.
+        """
+        config, found = self._config, combined(self._config, rows, samples)
+        if config.server == "sgd" and config.server_rate == 1 and not config.server_momentum:
+            self.target = found
+            return
+        change = found - self.target
+        decay = config.server_momentum
+        if config.server == "adam":
+            self._momentum.mul_(decay).add_(change * (1 - decay))
+            self._squares.mul_(MOMENT_DECAY).add_(change * change * (1 - MOMENT_DECAY))
+            change = self._momentum / (self._squares.sqrt() + FLOOR)
+        else:
+            change = self._momentum.mul_(decay).add_(change)
+        self.target = self.target + change * config.server_rate
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What is needed to go on."""
+        return {"target": self.target, "momentum": self._momentum, "squares": self._squares}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Go on from there."""
+        self.target = state["target"].clone()
+        self._momentum.copy_(state["momentum"])
+        self._squares.copy_(state["squares"])
