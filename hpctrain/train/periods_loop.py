@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from hpctrain.comm.channel import Ticket
 from hpctrain.comm.collect import barrier_on
+from hpctrain.comm.engine import engine_of
 from hpctrain.data.batches import Share
 from hpctrain.data.generators import generator_state, restore_generators, seed_generators
 from hpctrain.errors import TrainingError
@@ -24,6 +27,9 @@ from hpctrain.trace import now_s
 from hpctrain.train.loop import Trainer
 
 _log = logging.getLogger("hpctrain")
+
+LATE_VOTES = 8
+"""Steps after which all ranks know that one of them was told to end."""
 
 
 class PeriodsTrainer(Trainer):
@@ -38,6 +44,7 @@ class PeriodsTrainer(Trainer):
         """Prepare model and optimizer. Collective."""
         settings = self.settings
         self.model = self.parts.model
+        self._votes: deque[Ticket] = deque()
         self.periods = Periods(
             self.parts.model,
             self.optimizer,
@@ -109,6 +116,16 @@ class PeriodsTrainer(Trainer):
 
     def _own_s(self) -> float:
         return now_s()
+
+    def _is_told_to_stop(self) -> bool:
+        """As the trainer's, but a vote is looked at some steps later: nobody waits for it."""
+        if self._vote:
+            self._votes.append(self._vote)
+            self._vote = None
+        while len(self._votes) > LATE_VOTES:
+            _, are_told = engine_of(self.world).wait(self._votes.popleft()).T
+            self._stops |= bool(are_told.any())
+        return self._stops
 
     # ------------------------------------------------------------------ around the steps
 

@@ -362,6 +362,13 @@ class Periods:
 
 
 def _check(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    if devices := {p.device.type for p in parameters} - {"cpu"}:
+        raise ExchangeError(
+            "late gradients and parameters are exchanged from the host's memory only",
+            value=f"a model on {', '.join(sorted(devices))}",
+            fix="use train.device = 'cpu', or another exchange.mode",
+            everywhere=True,
+        )
     updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if {*map(id, parameters)} != updated:
         raise ExchangeError(
