@@ -11,7 +11,7 @@ NP ?= $(shell $(PYTHON) -c "import os; print(max(2, len(os.sched_getaffinity(0))
 TEST_RANKS ?= 2 3 4
 TEST_RANKS_MPICH ?= $(TEST_RANKS)
 # Tests that run in one process, or start programs of their own, at the same time.
-AT_ONCE ?= -n 2 --dist loadgroup
+AT_ONCE ?= -n 3 --dist loadgroup
 PIP = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 # Open MPI refuses to run as root, as one is in a container, and to start more ranks than there
