@@ -11,7 +11,7 @@ NP ?= $(shell $(PYTHON) -c "import os; print(max(2, len(os.sched_getaffinity(0))
 TEST_RANKS ?= 2 3 4
 TEST_RANKS_MPICH ?= $(TEST_RANKS)
 # Tests that run in one process, or start programs of their own, at the same time.
-AT_ONCE ?= -n 2 --dist loadgroup
+AT_ONCE ?= -n 2
 PIP = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 # Open MPI refuses to run as root, as one is in a container, and to start more ranks than there
@@ -48,7 +48,8 @@ $(VENV_MPICH)/.test: $(VENV)/.test
 	touch $@
 
 test-openmpi: $(VENV)/.test
-	$(VENV)/bin/python -m pytest $(AT_ONCE) -m "not mpi and not slow"
+	$(VENV)/bin/python -m pytest $(AT_ONCE) -m "not mpi and not slow and not alone"
+	$(VENV)/bin/python -m pytest -m "alone and not slow"
 	for n in $(TEST_RANKS); do \
 	  $(VENV)/bin/mpiexec -n $$n $(VENV)/bin/python -m pytest --quiet --with-mpi -m "mpi and not slow" || exit 1; \
 	done
@@ -57,7 +58,8 @@ test-openmpi: $(VENV)/.test
 	done
 
 test-mpich: $(VENV_MPICH)/.test
-	$(VENV_MPICH)/bin/python -m pytest $(AT_ONCE) -m "launch and not slow and not any_mpi"
+	$(VENV_MPICH)/bin/python -m pytest $(AT_ONCE) -m "launch and not slow and not any_mpi and not alone"
+	$(VENV_MPICH)/bin/python -m pytest -m "alone and not slow and not any_mpi"
 	for n in $(TEST_RANKS_MPICH); do \
 	  $(VENV_MPICH)/bin/mpiexec -n $$n $(VENV_MPICH)/bin/python -m pytest --quiet --with-mpi -m "mpi and not slow" || exit 1; \
 	done

@@ -15,7 +15,7 @@ import cluster
 import pytest
 from cluster import Cluster, ClusterError
 
-pytestmark = [pytest.mark.launch, pytest.mark.any_mpi]
+pytestmark = [pytest.mark.launch, pytest.mark.any_mpi, pytest.mark.alone]
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 LIMIT_S = 60.0

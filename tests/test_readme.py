@@ -84,8 +84,16 @@ def test_make_train(launch: Launch) -> None:
 
 def test_make_test_runs_all_that_it_says(launch: Launch) -> None:
     """These tests are run by it, so only its plan is looked at."""
-    plan = shell(launch, "env -u MAKEFLAGS -u TEST_RANKS_MPICH make --dry-run test", ROOT)
-    for part in ('-m "not mpi and not slow"', "ruff", "mypy", "lint-imports"):
+    plan = shell(
+        launch, "env -u MAKEFLAGS -u TEST_RANKS -u TEST_RANKS_MPICH make --dry-run test", ROOT
+    )
+    for part in (
+        '-m "not mpi and not slow and not alone"',
+        '-m "alone and not slow"',
+        "ruff",
+        "mypy",
+        "lint-imports",
+    ):
         assert part in plan
     for ranks in ("for n in 2 3 4", "for n in 1 5 6"):
         assert plan.count(ranks) == 2

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from .conftest import Job, Submitter
 
-pytestmark = [pytest.mark.launch, pytest.mark.xdist_group("slurm")]
+pytestmark = [pytest.mark.launch, pytest.mark.alone]
 
 MAIN_JOB = Path(__file__).parents[2] / "jobs" / "stdlib_lm.toml"
 VALUES = (
@@ -140,6 +140,7 @@ def test_cancelled_job_is_saved_and_over(slurm: SlurmBox, submitted: Submitter) 
     assert list(job.run.glob("checkpoints/step-*/manifest.json"))
 
 
+@pytest.mark.slow
 @pytest.mark.any_mpi
 def test_tasks_of_an_array_keep_apart(
     slurm: SlurmBox, submitted: Submitter, launch: Launch, undisturbed: Undisturbed
