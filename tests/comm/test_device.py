@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from devices import gpu
 from late_device import LateDevice
 
 from hpctrain import World
@@ -23,7 +24,6 @@ from hpctrain.comm.reducer import OnDevice, Parts, ReduceOptions, Reducer
 from hpctrain.errors import ExchangeError
 
 mpi = pytest.mark.mpi
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible")
 COUNTS = (0, 1, 7, 1000, 4099)
 
 

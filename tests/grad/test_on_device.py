@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from devices import gpu
 from grad.plain import in_turns
 from late_device import LateDevice
 from torch import nn
@@ -16,7 +17,6 @@ from hpctrain.errors import ExchangeError
 from hpctrain.grad import overlap
 
 pytestmark = pytest.mark.mpi
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible")
 
 WIDTH = 8
 
