@@ -26,7 +26,7 @@ class Net(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first = nn.Linear(WIDTH, WIDTH)
+        self.first = nn.Linear(WIDTH, WIDTH, bias=False)  # its gradient would be nothing but noise
         self.norm = nn.BatchNorm1d(WIDTH)
         self.branch = nn.Linear(WIDTH, WIDTH)
         self.unused = nn.Linear(WIDTH, WIDTH)
