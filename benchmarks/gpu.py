@@ -25,9 +25,9 @@ from stdlib_lm import CONTEXT, GPT
 
 RANKS = 2
 DDP_PORT = 29_542
-WIDTH, LAYERS, HEADS = 768, 12, 12
+WIDTH, LAYERS, HEADS = 512, 8, 8
 WINDOWS = 64
-REPEATS, QUICK_REPEATS = 31, 7
+REPEATS, QUICK_REPEATS = 15, 5
 OURS = {
     "hpctrain": {},
     "by the host": {"way": "shared"},
@@ -39,7 +39,7 @@ EXACT = 1e-4
 
 
 def fresh(where: torch.device) -> nn.Module:
-    """A GPT of 340 MB, the same in every arm."""
+    """A GPT of 100 MB, the same in every arm."""
     torch.manual_seed(0)
     return GPT(width=WIDTH, layers=LAYERS, heads=HEADS).to(where)
 
