@@ -10,7 +10,7 @@ NP ?= $(shell $(PYTHON) -c "import os; print(max(2, len(os.sched_getaffinity(0))
 # Numbers of ranks that tests run on, with Open MPI and with MPICH.
 TEST_RANKS ?= 2 3 4
 TEST_RANKS_MPICH ?= $(TEST_RANKS)
-# Tests that run in one process, or start programs of their own, at the same time.
+# How many tests run at a time that mpiexec does not start: in one process, or starting programs.
 AT_ONCE ?= -n 2
 PIP = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
@@ -68,8 +68,7 @@ test-mpich: $(VENV_MPICH)/.test
 	done
 
 test-slow: $(VENV)/.test
-	$(VENV)/bin/python -m pytest -m "not mpi and slow"
-	$(VENV)/bin/mpiexec -n 4 $(VENV)/bin/python -m pytest --quiet --with-mpi -m "mpi and slow"
+	$(VENV)/bin/python -m pytest -m slow
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .

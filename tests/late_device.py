@@ -55,6 +55,8 @@ class LateDevice:
         self._program_waits = program_waits
         self._last: dict[str, LateEvent] = {}
         self.pinned_bytes = 0
+        self.entered: list[str] = []
+        """Threads whose device it is."""
 
     def mark(self) -> LateEvent:
         return self._queue("program", lambda: None, ())
@@ -67,6 +69,9 @@ class LateDevice:
         self._queue("program", lambda: None, (event,))
         if self._program_waits:
             event.complete()
+
+    def enter(self) -> None:
+        self.entered.append(threading.current_thread().name)
 
     def adopt(self, tensor: torch.Tensor) -> None:
         pass

@@ -58,6 +58,9 @@ class Device(Protocol):
     def wait(self, event: Event) -> None:
         """Have what the calling thread queues from now on begin after `event`."""
 
+    def enter(self) -> None:
+        """Make it the calling thread's device: there MPI libraries look for that of a buffer."""
+
     def adopt(self, tensor: torch.Tensor) -> None:
         """Keep this device memory, once it is freed, until the queues are done with it."""
 
@@ -101,6 +104,10 @@ class Cuda:
     def wait(self, event: Any) -> None:
         """Have the current stream wait, not the host."""
         torch.cuda.current_stream(self.device).wait_event(event)
+
+    def enter(self) -> None:
+        """Make its context the calling thread's."""
+        torch.cuda.set_device(self.device)
 
     def adopt(self, tensor: torch.Tensor) -> None:
         """Tell the allocator which streams use the memory."""
@@ -274,8 +281,15 @@ def _fused(out: torch.Tensor, parts: Sequence[torch.Tensor], scale: float) -> Wo
     arrays = [cupy.asarray(part) for part in (*parts, out)]
 
     def run() -> None:
-        current = torch.cuda.current_stream(out.device)
-        with cupy.cuda.Device(out.device.index), cupy.cuda.ExternalStream(current.cuda_stream):
+        stream = torch.cuda.current_stream(out.device)
+        with cupy.cuda.Device(out.device.index), _as_cupy(cupy, stream):
             kernel(*arrays)
 
     return run
+
+
+def _as_cupy(cupy: Any, stream: torch.cuda.Stream) -> Any:
+    """The same stream; older versions of either know no protocol for it."""
+    if hasattr(cupy.cuda.Stream, "from_external") and hasattr(stream, "__cuda_stream__"):
+        return cupy.cuda.Stream.from_external(stream)
+    return cupy.cuda.ExternalStream(stream.cuda_stream)

@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -31,33 +32,43 @@ LIMIT_S = 60.0
 LAUNCHERS = ("OMPI_COMM_WORLD_", "OMPI_APP_", "PMIX_", "PMI_", "PRTE_", "SLURM_", "HYDRA_", "MPI_L")
 TAKEN = "taken"
 
+COUNTS = (1, 1024, 1 << 21)
+"""Elements of a message: libraries send short, middling and long ones in different ways."""
+
 CHILD = """
-import sys
+import sys, threading
 sys.path = [folder for folder in sys.path if folder]  # not what lies in the working directory
 import torch, mpi4py
 from mpi4py import MPI
 comm = MPI.COMM_WORLD
 rank, size = comm.Get_rank(), comm.Get_size()
 assert size == 2, "the launcher belongs to another MPI library"
-torch.cuda.set_device(rank % torch.cuda.device_count())
-mine = torch.arange(1024, dtype=torch.float32, device="cuda") + rank
-other = torch.zeros_like(mine)
-torch.cuda.synchronize()
 def buffer(tensor):
     return MPI.buffer.fromaddress(tensor.data_ptr(), tensor.numel() * 4)
-call = sys.argv[1]
-if call == "send":
-    MPI.Request.Waitall([comm.Irecv([buffer(other), MPI.BYTE], 1 - rank),
-                         comm.Isend([buffer(mine), MPI.BYTE], 1 - rank)])
-    expected = mine + 1 - 2 * rank
-else:
-    comm.Allreduce([buffer(mine), 1024, MPI.FLOAT], [buffer(other), 1024, MPI.FLOAT])
-    expected = 2 * mine + 1 - 2 * rank
-torch.cuda.synchronize()
-right = comm.allreduce(bool((other == expected).all()), MPI.LAND)
-if rank == 0:
-    print("taken" if right else "garbled", flush=True)
-"""
+def arrives(call, count):
+    mine = torch.arange(count, dtype=torch.float32, device="cuda") % 1000 + rank
+    other = torch.zeros_like(mine)
+    torch.cuda.synchronize()
+    if call == "send":
+        MPI.Request.Waitall([comm.Irecv([buffer(other), MPI.BYTE], 1 - rank),
+                             comm.Isend([buffer(mine), MPI.BYTE], 1 - rank)])
+        expected = mine + 1 - 2 * rank
+    else:
+        comm.Allreduce([buffer(mine), count, MPI.FLOAT], [buffer(other), count, MPI.FLOAT])
+        expected = 2 * mine + 1 - 2 * rank
+    torch.cuda.synchronize()
+    return bool((other == expected).all())
+def tell():
+    torch.cuda.set_device(rank % torch.cuda.device_count())
+    right = all([arrives(sys.argv[1], count) for count in COUNTS])
+    right = comm.allreduce(right, MPI.LAND)
+    if rank == 0:
+        print("taken" if right else "garbled", flush=True)
+# As the engine does, in a thread that is not the first.
+thread = threading.Thread(target=tell)
+thread.start()
+thread.join()
+""".replace("COUNTS", str(COUNTS))
 
 
 def device_calls(library: str) -> dict[str, str]:
@@ -67,7 +78,10 @@ def device_calls(library: str) -> dict[str, str]:
         library: name and version of the MPI library.
     """
     cache = cache_file()
-    key = "; ".join([library, *_library_files(), *_settings(), _driver(), socket.gethostname()])
+    probe = f"probe {zlib.crc32(CHILD.encode()):08x}"
+    key = "; ".join(
+        [probe, library, *_library_files(), *_settings(), _driver(), socket.gethostname()]
+    )
     known = _read(cache)
     if key in known:
         return known[key]

@@ -120,6 +120,7 @@ class Engine:
         """Ranks that are dead, once some are and nobody tolerates it."""
         self._made = 0
         self._wake = threading.Event()
+        self._entries: list[Callable[[], object]] = []
         self._waiters = 0
         self._closing = False
         self._owner = os.getpid()
@@ -198,6 +199,15 @@ class Engine:
         """Poll it from now on, in every progress mode by the engine's thread and whoever waits."""
         self._listeners.append(listener)
         self._wake.set()
+
+    def enter(self, device: Callable[[], object]) -> None:
+        """Have the engine's thread call this before it calls MPI again.
+
+        Args:
+            device: makes a device that of the thread which calls it.
+        """
+        with self._lock:
+            self._entries.append(device)
 
     def push(self, start: Callable[[], object]) -> None:
         """Start sends now, if nobody else is inside MPI; else whoever is there does it soon."""
@@ -420,6 +430,8 @@ class Engine:
                 with self._lock:
                     if MPI.Is_finalized():  # by the program itself
                         return
+                    while self._entries:
+                        self._entries.pop(0)()
                     if polls and not self._waiters:
                         if self._advance():
                             quiet = 0

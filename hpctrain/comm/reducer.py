@@ -113,6 +113,8 @@ class Reducer:
                 fix="use way = 'auto'",
                 everywhere=True,
             )
+        if on_device and on_device.stays:
+            channel.engine.enter(on_device.device.enter)
 
     def allocate(self, counts: Sequence[int], dtypes: Sequence[torch.dtype]) -> list[Slab]:
         """Slabs of zeros, in node-shared memory where that helps and can be had. Collective."""

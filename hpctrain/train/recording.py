@@ -43,7 +43,7 @@ class Recording:
 
     Attributes:
         opened: the run folder; another one of the ranks may come to hold its lock.
-        figures: of the last steps.
+        figures: of the last steps, once it has begun.
     """
 
     def __init__(
@@ -56,7 +56,6 @@ class Recording:
         base_rate: float,
     ) -> None:
         self.opened = opened
-        self.figures = Figures(0)
         self._world = world
         self._settings = settings
         self._facts = facts

@@ -6,14 +6,16 @@ a wrong sum on any machine. The same tests run on a GPU where there is one.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from devices import gpu
 from late_device import LateDevice
 
 from hpctrain import World
-from hpctrain.comm import reduce
+from hpctrain.comm import collect, reduce
 from hpctrain.comm.channel import Channel
 from hpctrain.comm.device import DeviceSum, cuda
 from hpctrain.comm.device_probe import messages_take_device_memory
@@ -23,7 +25,6 @@ from hpctrain.comm.reducer import OnDevice, Parts, ReduceOptions, Reducer
 from hpctrain.errors import ExchangeError
 
 mpi = pytest.mark.mpi
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible")
 COUNTS = (0, 1, 7, 1000, 4099)
 
 
@@ -131,6 +132,26 @@ def test_gpu_gets_the_bits_of_the_host(
         seen = rounds(channel, reducer, dtype, lambda work: work(), torch.cuda.synchronize)
     for found, wanted in zip(seen, expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
+@mpi
+def test_messages_of_device_memory_are_moved_by_a_thread_whose_device_it_is(
+    world: World, channel: Channel
+) -> None:
+    device = LateDevice()
+    Reducer(channel, options("direct"), OnDevice(torch.device("cpu"), device))
+    assert not device.entered
+    reducer = Reducer(
+        channel, options("device_direct"), OnDevice(torch.device("cpu"), device, stays=True)
+    )
+    if world.size == 1:
+        return
+    channel.engine.progress = "thread"
+    rounds(channel, reducer, torch.float32, device.program, device.synchronize)
+    until_s = time.monotonic() + 30
+    while not device.entered and time.monotonic() < until_s:  # this thread may have moved them all
+        channel.run(collect.barrier, "until the engine's thread has polled")
+    assert device.entered == ["hpctrain-engine"]
 
 
 @mpi

@@ -159,8 +159,8 @@ def test_ranks_are_told_to_end(tmp_path: Path, signal: str) -> None:
     assert calls[calls.index("told") :] == ["told", "scontrol requeue 17"]
 
 
-def test_ranks_that_fail_are_started_again(tmp_path: Path) -> None:
-    """By a process that is given the launcher, and is told what the launcher would be."""
+def test_ranks_that_fail_are_started_again() -> None:
+    """By a process in the launcher's place, which is given it."""
     launcher = Launcher(("mpirun", "-n", "$SLURM_NTASKS"), "as asked for")
     text = render(submission(SubmitConfig(restarts=2), launcher))
     (line,) = (line for line in text.splitlines() if line.endswith("&"))

@@ -11,11 +11,13 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from devices import EACH
 from safetensors.torch import load_file
 from torch import nn
 
@@ -272,13 +274,15 @@ def make(world: World, shared_folder: Path) -> Make:
     x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
     points = [(row, row.sum().sin()[None]) for row in x]
 
-    def build(folder: str, inject: InjectConfig | None = None, **coded: Any) -> CodedTrainer:
+    def build(
+        folder: str, inject: InjectConfig | None = None, device: str = "cpu", **coded: Any
+    ) -> CodedTrainer:
         seed_generators(1)
         model = nn.Sequential(
             *(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 1))
         )
         settings = Settings(
-            train=TrainConfig(steps=STEPS, batch=24, micro_batch=2),
+            train=TrainConfig(steps=STEPS, batch=24, micro_batch=2, device=device),
             optimizer={"name": "adamw", "lr": 0.01},
             schedule=ScheduleConfig(name="cosine", warmup=3),
             exchange=ExchangeConfig(block_bytes=100),
@@ -308,7 +312,9 @@ def finish(trainer: CodedTrainer) -> torch.Tensor:
 
 
 @pytest.mark.mpi
-def test_bits_of_slow_ranks_copies_and_kinds_of_root(make: Make, world: World) -> None:
+@pytest.mark.parametrize("device", EACH)
+def test_bits_of_slow_ranks_copies_and_kinds_of_root(make: Make, world: World, device: str) -> None:
+    make = partial(make, device=device)
     expected = finish(make("undisturbed"))
     slow = InjectConfig(kind="rotating", factor=5)
     assert torch.equal(finish(make("slow", slow)), expected)
@@ -320,9 +326,11 @@ def test_bits_of_slow_ranks_copies_and_kinds_of_root(make: Make, world: World) -
 
 
 @pytest.mark.mpi
+@pytest.mark.parametrize("device", EACH)
 def test_resumed_run_ends_with_the_bits_of_one_that_was_not_interrupted(
-    make: Make, world: World
+    make: Make, device: str
 ) -> None:
+    make = partial(make, device=device)
     expected = finish(make("undisturbed"))
     first = make("run")
     while first.step_number < STEPS // 2:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from devices import EACH, gpu
 from torch import nn
 
 from hpctrain import ExchangeConfig, World
@@ -161,6 +162,7 @@ def state_of(made: Trainer) -> list[Any]:
         [p.detach().clone() for p in made.parts.model.parameters()],
         [value for _, entry in sorted(optimizer.items()) for value in entry.values()],
         torch.get_rng_state(),
+        torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
         torch.tensor(np.random.get_state()[1].astype(np.int64)),
         torch.tensor(random.getstate()[1]),
     ]
@@ -180,13 +182,14 @@ class Noisy(Points):
         return x + random.random() * 0.01 + np.random.rand() * 0.01, y
 
 
+@pytest.mark.parametrize("device", EACH)
 @pytest.mark.parametrize("next_forward", [False, True])
 @pytest.mark.parametrize("stop", [4, 5])
 def test_stopped_and_resumed_run_ends_with_the_same_bits(
-    world: World, shared_folder: Path, stop: int, next_forward: bool
+    world: World, shared_folder: Path, stop: int, next_forward: bool, device: str
 ) -> None:
     """With dropout and random augmentation; stopped at a checkpoint, and a step after one."""
-    config = settings(next_forward)
+    config = settings(next_forward, device=device)
     whole = trainer(world, shared_folder / "whole", config, net(0.3), train_data=Noisy())
     whole.run()
 
@@ -241,7 +244,7 @@ def test_gpu_is_refused_where_there_is_none(
         trainer(world, shared_folder, settings(device="cuda"))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible")
+@gpu
 def test_gpu_gives_the_curve_of_the_host(world: World, shared_folder: Path) -> None:
     found = []
     for device in ("cpu", "cuda"):

@@ -93,16 +93,16 @@ class Data:
         samples: Sequence[int] = (PER_BLOCK,) * BLOCKS,
         most: int = PER_BLOCK,
         dtype: torch.dtype = torch.float64,
+        device: torch.device | None = None,
     ) -> None:
         self.samples = tuple(samples)
         self._most = most
-        self._dtype = dtype
+        self._to = {"dtype": dtype, "device": device}
 
     def batch(self, step: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(100 + step)
-        return torch.randn(sum(self.samples), WIDTH, generator=generator, dtype=torch.float64).to(
-            self._dtype
-        )
+        batch = torch.randn(sum(self.samples), WIDTH, generator=generator, dtype=torch.float64)
+        return batch.to(**self._to)
 
     def read(self, step: int, block: int) -> Iterable[Subset]:
         first, count = sum(self.samples[:block]), self.samples[block]
@@ -219,7 +219,7 @@ class Run:
 
 
 def bits(tensor: torch.Tensor) -> bytes:
-    return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def assert_same(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from devices import gpu
 from grad import plain
 from grad.coded.side_by_side import (
     MODELS,
@@ -193,6 +194,17 @@ def test_gradients_on_a_device_whose_copies_end_late(
 ) -> None:
     monkeypatch.setattr(exchange, "device_of", lambda _: LateDevice(program_waits=True))
     Run(world, make(name), copies=min(copies, world.size), block_bytes=2000).to(STEPS)
+
+
+@gpu
+@pytest.mark.parametrize("copies", [1, 2])
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_on_a_gpu(world: World, name: str, copies: int) -> None:
+    where = torch.device("cuda", world.local_rank % torch.cuda.device_count())
+    with torch.backends.cudnn.flags(deterministic=True), torch.cuda.device(where):
+        module = make(name).to(where)
+        run = Run(world, module, Data(device=where), copies=min(copies, world.size))
+        run.to(STEPS)
 
 
 def test_gradients_outlive_an_evaluation(world: World) -> None:
