@@ -251,6 +251,29 @@ def _join(device: torch.device, deadline_s: float) -> World:
     return world
 
 
+def of_part(world: World, comm: MPI.Intracomm) -> World:
+    """The ranks of a communicator as a world of their own, with the same trace and position.
+
+    Args:
+        world: all ranks.
+        comm: some of them.
+    """
+    rank, size = comm.Get_rank(), comm.Get_size()
+    kept = _ranks_in(world, comm)
+    seats = reseated(world.seats, kept)
+    return replace(world, comm=comm, rank=rank, size=size, seats=seats, roles=_roles(size))
+
+
+def _ranks_in(world: World, comm: MPI.Intracomm) -> list[int]:
+    """The numbers that a communicator's ranks have in the world."""
+    MPI = load_mpi()
+    mine, theirs = comm.Get_group(), world.comm.Get_group()
+    ranks: list[int] = MPI.Group.Translate_ranks(mine, list(range(comm.Get_size())), theirs)
+    mine.Free()
+    theirs.Free()
+    return ranks
+
+
 def survivors_of(world: World) -> World:
     """The ranks that are left, as the World of this process from now on. Collective among them.
 
@@ -267,10 +290,7 @@ def survivors_of(world: World) -> World:
     MPI = load_mpi()
     assert isinstance(left, MPI.Intracomm)
     left.Set_errhandler(MPI.ERRORS_RETURN)
-    mine, theirs = left.Get_group(), comm.Get_group()
-    kept = MPI.Group.Translate_ranks(mine, list(range(left.Get_size())), theirs)
-    mine.Free()
-    theirs.Free()
+    kept = _ranks_in(world, left)
     _world = replace(
         world,
         comm=left,

@@ -169,6 +169,20 @@ class Engine:
             self._channels.append(channel)
         return channel
 
+    def split(self, part: int) -> MPI.Intracomm:
+        """A communicator over the ranks that give the same number, in their order. Collective."""
+        self.control.run(barrier, "parting of the ranks")
+        with self.exclusive():
+            comm = self.world.comm.Split(part, key=self.world.rank)
+            assert isinstance(comm, MPI.Intracomm)
+            comm.Barrier()
+        return comm
+
+    def add(self, channel: Channel) -> None:
+        """Move the operations of this channel too."""
+        with self.exclusive():
+            self._channels.append(channel)
+
     def duplicate(self, name: str) -> tuple[MPI.Intracomm, int]:
         """A communicator over all ranks for a listener, and its number. As `channel`."""
         self.control.run(barrier, f"making of {name!r}")
@@ -288,7 +302,7 @@ class Engine:
         """Free the communicators that no rank needs any more. Collective."""
         if not self._channels:
             return
-        mine = {c.number for c in self._channels if c.abandoned and not c.busy}
+        mine = {c.number for c in self._channels if c.abandoned and not c.busy and c.number >= 0}
         mine |= {listener.number for listener in self._listeners if listener.abandoned}
         everyones = self.control.comm.allgather(mine)
         freed = set.intersection(*everyones)
@@ -462,7 +476,7 @@ class Engine:
 
     def _pending(self) -> Pending | None:
         """The operation of this process that has been in flight for longest."""
-        oldest = [(c.oldest(), c.name) for c in self._channels]
+        oldest = [(c.oldest(), c.name) for c in self._channels if c.number >= 0]
         tickets = [(t.begun_s, t, name) for t, name in oldest if t is not None]
         if not tickets:
             return None
@@ -536,6 +550,11 @@ def engine_of(world: World) -> Engine:
         _engines[id(world)] = engine = Engine(world)
         atexit.register(engine.close)
     return _engines[id(world)]
+
+
+def register(world: World, engine: Engine) -> None:
+    """Have `engine_of` find this engine for a world."""
+    _engines[id(world)] = engine
 
 
 def give_up_engine(world: World) -> None:
