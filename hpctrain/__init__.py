@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from hpctrain.grad.data_parallel import DataParallel
     from hpctrain.grad.periods.method import PeriodsConfig
     from hpctrain.grad.periods.periods import Periods
+    from hpctrain.grad.shared.config import SharedConfig
+    from hpctrain.grad.shared.shared import Shared
     from hpctrain.world import Role, World, join
 
 __version__ = "0.1.0"
@@ -25,6 +27,8 @@ __all__ = [
     "Periods",
     "PeriodsConfig",
     "Role",
+    "Shared",
+    "SharedConfig",
     "World",
     "accumulate",
     "join",
@@ -39,6 +43,8 @@ _HOMES = {
     "Periods": "hpctrain.grad.periods.periods",
     "PeriodsConfig": "hpctrain.grad.periods.method",
     "Role": "hpctrain.world",
+    "Shared": "hpctrain.grad.shared.shared",
+    "SharedConfig": "hpctrain.grad.shared.config",
     "World": "hpctrain.world",
     "accumulate": "hpctrain.grad.accumulate",
     "join": "hpctrain.world",

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from hpctrain.comm.quantize import GROUP
-from hpctrain.grad.periods.flat import Flat, elements_of
+from hpctrain.grad.flat import Flat, elements_of
 from hpctrain.grad.periods.merging import compensate
 from hpctrain.grad.periods.method import Method
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from hpctrain.grad.periods.flat import Flat
+from hpctrain.grad.flat import Flat
 from hpctrain.grad.periods.method import Method
 
 ADAM_DECAY = 0.99

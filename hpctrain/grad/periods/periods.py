@@ -18,8 +18,8 @@ from hpctrain.comm.reducer import ReduceOptions
 from hpctrain.errors import ExchangeError
 from hpctrain.grad import replicas
 from hpctrain.grad.config import ExchangeConfig
+from hpctrain.grad.flat import Flat, dtype_of, elements_of
 from hpctrain.grad.periods.averaging import Averager
-from hpctrain.grad.periods.flat import Flat, dtype_of, elements_of
 from hpctrain.grad.periods.late import Check, LateGradients, take_all
 from hpctrain.grad.periods.merging import Changes
 from hpctrain.grad.periods.method import PeriodsConfig
