@@ -9,6 +9,10 @@ The job file names a module of plain PyTorch that offers
 and, if it likes, ``validation_data(**[data])``, ``metrics(model, batch)`` (means by name),
 ``collate(samples)`` and ``sample(model)`` (text to show at the end). ``[model]`` and ``[data]``
 are tables of the job file.
+
+With ``exchange.mode = "shared"`` the module offers ``encoder(**[model])``, and each module that
+``shared.tasks`` names offers ``head(encoder)``, ``train_data``, ``loss`` and the rest, where
+`model` is a `Joined` of encoder and head.
 """
 
 from __future__ import annotations
@@ -29,6 +33,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from torch import nn
+
 from hpctrain import job_file
 from hpctrain.comm.collect import all_gather
 from hpctrain.comm.engine import engine_of
@@ -39,6 +45,7 @@ from hpctrain.errors import ExchangeError, JobError, MismatchError, shortened, s
 from hpctrain.grad.coded.config import CodedConfig
 from hpctrain.grad.config import ExchangeConfig
 from hpctrain.grad.periods.method import PeriodsConfig
+from hpctrain.grad.shared.config import SharedConfig
 from hpctrain.stop import StopRequest
 from hpctrain.submit.cache import ENTRY
 from hpctrain.submit.config import SubmitConfig
@@ -51,11 +58,15 @@ from hpctrain.train.optimizer import ScheduleConfig, check_optimizer
 from hpctrain.train.periods_loop import PeriodsTrainer
 from hpctrain.train.run_folder import KEPT_APART, RunConfig
 from hpctrain.train.settings import Parts, Settings, TrainConfig
+from hpctrain.train.shared_loop import Joined, SharedTrainer, Tasks
 from hpctrain.world import World
 
 _REQUIRED = ("model", "train_data", "loss")
+_OF_SHARED = ("encoder",)
+_OF_TASK = ("head", "train_data", "loss")
 _OPTIONAL = ("validation_data", "metrics", "collate", "sample")
 _GIVEN = {
+    "head": ("encoder",),
     "loss": ("model", "batch"),
     "metrics": ("model", "batch"),
     "collate": ("samples",),
@@ -90,6 +101,7 @@ class Job:
     exchange: ExchangeConfig = ExchangeConfig()
     coded: CodedConfig = CodedConfig()
     periods: PeriodsConfig = PeriodsConfig()
+    shared: SharedConfig = SharedConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     run: RunConfig = RunConfig()
     inject: InjectConfig = InjectConfig()
@@ -103,6 +115,14 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Task:
+    """A task of a shared encoder."""
+
+    module: ModuleType
+    source: Path
+
+
+@dataclass(frozen=True)
 class LoadedJob:
     """A job without mistakes, and the module that it names."""
 
@@ -113,6 +133,8 @@ class LoadedJob:
     source: Path
     """Of the module."""
     file: job_file.JobFile
+    tasks: tuple[Task, ...] = ()
+    """With exchange.mode = "shared"."""
 
     @property
     def fingerprint(self) -> str:
@@ -120,7 +142,8 @@ class LoadedJob:
         values = dataclasses.asdict(self.job)
         for name in KEPT_APART:
             del values[name]
-        source = self.source.read_bytes()
+        sources = [self.source, *(task.source for task in self.tasks)]
+        source = b"".join(path.read_bytes() for path in sources)
         text = json.dumps(values, sort_keys=True, default=str).encode()
         return hashlib.sha256(text + source).hexdigest()[:16]
 
@@ -130,17 +153,42 @@ class LoadedJob:
         Raises:
             JobError: a function of the module fails; names the user's line and what it was given.
         """
-        module, job = self.module, self.job
-        seed_generators(job.seed)
-        model = self._call("model", "model", job.model)
+        seed_generators(self.job.seed)
+        return self._parts(self.module, self._model("model", self.module, self.job.model))
+
+    def encoder(self, **kind: Any) -> nn.Module:
+        """Make the shared encoder, the same on every rank."""
+        seed_generators(self.job.seed)
+        return self._model("encoder", self.module, kind)
+
+    def task_parts(self, number: int, encoder: nn.Module) -> Parts:
+        """Make head and data of a task."""
+        module = self.tasks[number].module
+        seed_generators(self.job.seed + 1 + number)
+        head = self._model("head", module, {"encoder": encoder}, table="")
+        return self._parts(module, Joined(encoder, head))
+
+    def _name_of(self, module: ModuleType) -> str:
+        """As the job file calls it."""
+        return self.job.module if module is self.module else Path(str(module.__file__)).name
+
+    def _model(
+        self, name: str, module: ModuleType, arguments: Mapping[str, Any], table: str = "model"
+    ) -> nn.Module:
+        model = self._call(module, name, table, arguments)
         if mistake := model_mistake(model):
             raise JobError(
-                f"{job.module}: model() returned {mistake}",
-                where=_place_of(module.model),
+                f"{self._name_of(module)}: {name}() returned {mistake}",
+                where=_place_of(getattr(module, name)),
                 fix="return an instance of torch.nn.Module that has parameters to train",
             )
+        assert isinstance(model, nn.Module)
+        return model
+
+    def _parts(self, module: ModuleType, model: nn.Module) -> Parts:
+        job = self.job
         data = {
-            name: self._call(name, "data", _accepted(getattr(module, name), job.data))
+            name: self._call(module, name, "data", _accepted(getattr(module, name), job.data))
             for name in ("train_data", "validation_data")
             if getattr(module, name, None)
         }
@@ -159,9 +207,9 @@ class LoadedJob:
             sample=getattr(module, "sample", None),
         )
 
-    def _call(self, name: str, table: str, arguments: Mapping[str, Any]) -> Any:
+    def _call(self, module: ModuleType, name: str, table: str, arguments: Mapping[str, Any]) -> Any:
         try:
-            return getattr(self.module, name)(**arguments)
+            return getattr(module, name)(**arguments)
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # SystemExit among them
@@ -169,10 +217,10 @@ class LoadedJob:
             origins = {o for key in arguments if (o := self.file.origin(f"{table}.{key}"))}
             source = f" ({', '.join(sorted(origins))})" if origins else ""
             raise JobError(
-                f"{self.job.module}: {name}() failed: {told(error)}",
+                f"{self._name_of(module)}: {name}() failed: {told(error)}",
                 where=_own_place(error, self.source.parent),
                 fix=f"check what [{table}] of {self.path.name} gives it: {given}{source}"
-                if given
+                if given and table
                 else None,
             ) from error
 
@@ -183,7 +231,7 @@ class LoadedJob:
         fresh: bool = False,
         stop: StopRequest | None = None,
         launch: str = "",
-    ) -> Trainer:
+    ) -> Trainer | SharedTrainer:
         """A trainer for this job. Collective.
 
         Args:
@@ -199,6 +247,8 @@ class LoadedJob:
         """
         engine = engine_of(world)  # before user code runs: ranks where that hangs are told
         engine.deadline_s = self.job.exchange.deadline_s
+        if self.tasks:
+            return self._shared_trainer(world, chosen, fresh, stop, launch)
         parts: Parts | None = None
         failure: str | None = None
         try:
@@ -218,7 +268,7 @@ class LoadedJob:
                 parts,
                 self.job.settings,
                 parent=Path(self.job.run.folder) / self.name,
-                facts={**self._facts(parts), "launch": launch},
+                facts={**self._facts(parts.model), "launch": launch},
                 chosen=chosen,
                 fresh=fresh,
                 stop=stop,
@@ -233,14 +283,39 @@ class LoadedJob:
                 everywhere=error.everywhere,
             ) from error
 
-    def _facts(self, parts: Parts) -> dict[str, Any]:
+    def _shared_trainer(
+        self,
+        world: World,
+        chosen: Path | None,
+        fresh: bool,
+        stop: StopRequest | None,
+        launch: str,
+    ) -> SharedTrainer:
+        tasks = Tasks(
+            names=tuple(task.source.stem for task in self.tasks),
+            encoder=self.encoder,
+            kind=self.job.model,
+            parts=self.task_parts,
+        )
+        return SharedTrainer(
+            world,
+            tasks,
+            self.job.settings,
+            parent=Path(self.job.run.folder) / self.name,
+            facts={**self._facts(self.encoder(**self.job.model)), "launch": launch},
+            chosen=chosen,
+            fresh=fresh,
+            stop=stop,
+        )
+
+    def _facts(self, model: nn.Module) -> dict[str, Any]:
         """What run.json says about the job, as plain JSON values; TOML's dates become text."""
         values = json.dumps(dataclasses.asdict(self.job), default=str)
         return {
             "name": self.name,
             "fingerprint": self.fingerprint,
             "job": json.loads(values),
-            "parameters": sum(p.numel() for p in parts.model.parameters()),
+            "parameters": sum(p.numel() for p in model.parameters()),
             "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         }
 
@@ -265,13 +340,16 @@ def load(path: Path, overrides: Sequence[str] = ()) -> LoadedJob:
     optimizer = table.get("optimizer", {})
     if isinstance(optimizer, Mapping):
         check_optimizer(optimizer, "optimizer", mistakes)
-    source = _find_module(file, table.get("module"), mistakes)
-    module = _load_module(source, table, mistakes) if source else None
+    is_shared = job is not None and job.exchange.mode == "shared"
+    source = _find_module(file, "module", table.get("module"), mistakes)
+    required = _OF_SHARED if is_shared else _REQUIRED
+    module = _load_module(source, table, required, mistakes) if source else None
+    tasks = _load_tasks(file, job.shared.tasks, table, mistakes) if job and is_shared else ()
     if job:
         _check_together(job, mistakes)
     if mistakes or job is None or module is None or source is None:
         raise file.mistake(mistakes)
-    return LoadedJob(path.stem, path, job, module, source, file)
+    return LoadedJob(path.stem, path, job, module, source, file, tasks)
 
 
 def _check_sizes(train: object, mistakes: list[str]) -> None:
@@ -283,11 +361,31 @@ def _check_sizes(train: object, mistakes: list[str]) -> None:
         )
 
 
-def _find_module(file: job_file.JobFile, name: object, mistakes: list[str]) -> Path | None:
-    """The file of the job module; a line in `mistakes` when there is none."""
+def _load_tasks(
+    file: job_file.JobFile,
+    names: Sequence[str],
+    table: Mapping[str, Any],
+    mistakes: list[str],
+) -> tuple[Task, ...]:
+    """The modules of the tasks; lines in `mistakes` for all that is wrong with them."""
+    if not names:
+        mistakes.append("shared.tasks: missing; exchange.mode = 'shared' needs one or more")
+    tasks = []
+    for name in names:
+        source = _find_module(file, "shared.tasks", name, mistakes)
+        module = _load_module(source, table, _OF_TASK, mistakes) if source else None
+        if source and module:
+            tasks.append(Task(module, source))
+    return tuple(tasks)
+
+
+def _find_module(
+    file: job_file.JobFile, key: str, name: object, mistakes: list[str]
+) -> Path | None:
+    """The file of a module that the job names; a line in `mistakes` when there is none."""
     if not isinstance(name, str):
         return None  # its absence or type is a mistake found elsewhere
-    folder = file.folder_of("module")
+    folder = file.folder_of(key)
     path = folder / (name if name.endswith(".py") else f"{name}.py")
     try:
         if path.is_file():
@@ -296,11 +394,13 @@ def _find_module(file: job_file.JobFile, name: object, mistakes: list[str]) -> P
     except (OSError, ValueError):  # a name that is too long, or no name at all
         found = []
     shown_path = str(path) if str(path).isprintable() else repr(str(path))
-    mistakes.append(f"module: there is no {shortened(shown_path)}{nearest(path.name, found)}")
+    mistakes.append(f"{key}: there is no {shortened(shown_path)}{nearest(path.name, found)}")
     return None
 
 
-def _load_module(path: Path, table: Mapping[str, Any], mistakes: list[str]) -> ModuleType | None:
+def _load_module(
+    path: Path, table: Mapping[str, Any], required: Sequence[str], mistakes: list[str]
+) -> ModuleType | None:
     """Import and check the job module; a line in `mistakes` for all that is wrong with it."""
     spec = importlib.util.spec_from_file_location(f"hpctrain_job_{path.stem}", path)
     assert spec is not None and spec.loader is not None
@@ -311,7 +411,7 @@ def _load_module(path: Path, table: Mapping[str, Any], mistakes: list[str]) -> M
         sys.path.insert(0, folder)  # for modules beside it, imported now or later
     try:
         spec.loader.exec_module(module)
-        _check_module(module, path, table, mistakes)
+        _check_module(module, path, table, required, mistakes)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # SystemExit among them
@@ -321,7 +421,11 @@ def _load_module(path: Path, table: Mapping[str, Any], mistakes: list[str]) -> M
 
 
 def _check_module(
-    module: ModuleType, path: Path, table: Mapping[str, Any], mistakes: list[str]
+    module: ModuleType,
+    path: Path,
+    table: Mapping[str, Any],
+    required: Sequence[str],
+    mistakes: list[str],
 ) -> None:
     """Functions that are missing, and arguments that they do not take."""
     public = [
@@ -332,13 +436,13 @@ def _check_module(
         and callable(v)
         and getattr(v, "__module__", None) == module.__name__
     ]
-    for name in _REQUIRED:
+    for name in required:
         if not callable(getattr(module, name, None)):
-            close = difflib.get_close_matches(name, set(public) - {*_REQUIRED, *_OPTIONAL}, n=1)
+            close = difflib.get_close_matches(name, set(public) - {*required, *_OPTIONAL}, n=1)
             hint = f" (is {close[0]}() meant?)" if close else ""
             mistakes.append(
                 f"module: {path} defines no {name}(){hint}; "
-                f"needed: {', '.join(_REQUIRED)}; found: {_names(public) or 'none'}"
+                f"needed: {', '.join(required)}; found: {_names(public) or 'none'}"
             )
     for name in _OPTIONAL:
         if hasattr(module, name) and not callable(getattr(module, name)):
@@ -348,7 +452,8 @@ def _check_module(
         if callable(target) and not _takes(target, len(given)):
             must = f"must take {len(given)} argument{'s'[: len(given) - 1]}"
             mistakes.append(f"module: {name}() {must}, {' and '.join(given)} ({_place_of(target)})")
-    for key, functions in (("model", ("model",)), ("data", ("train_data", "validation_data"))):
+    of_model = ("encoder",) if required is _OF_SHARED else ("model",)
+    for key, functions in (("model", of_model), ("data", ("train_data", "validation_data"))):
         arguments = table.get(key, {})
         targets = [getattr(module, name, None) for name in functions]
         if isinstance(arguments, Mapping):
@@ -416,6 +521,8 @@ def _check_together(job: Job, mistakes: list[str]) -> None:
         mistakes.append("coded: does nothing unless exchange.mode = 'coded'")
     if job.exchange.mode != "periods" and job.periods != PeriodsConfig():
         mistakes.append("periods: does nothing unless exchange.mode = 'periods'")
+    if job.exchange.mode != "shared" and job.shared != SharedConfig():
+        mistakes.append("shared: does nothing unless exchange.mode = 'shared'")
     if job.inject.step is not None and job.inject.step > job.train.steps:
         mistakes.append(f"inject.step: got {job.inject.step}; the run has {job.train.steps} steps")
 

@@ -25,7 +25,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -182,6 +182,11 @@ class Engine:
         """Move the operations of this channel too."""
         with self.exclusive():
             self._channels.append(channel)
+
+    def forget(self, channels: Sequence[Channel]) -> None:
+        """Move these no more: what is in flight there stays with the MPI library as it is."""
+        with self.exclusive():
+            self._channels = [c for c in self._channels if c not in channels]
 
     def duplicate(self, name: str) -> tuple[MPI.Intracomm, int]:
         """A communicator over all ranks for a listener, and its number. As `channel`."""

@@ -46,6 +46,7 @@ class PartEngine(Engine):
         self.whole = whole
         self.world = world
         self._lost = lost
+        self._own: list[Channel] = []
         self.control = self.channel("control")
 
     @property
@@ -87,6 +88,7 @@ class PartEngine(Engine):
     def _added(self, comm: MPI.Intracomm, name: str, in_flight_bytes: int) -> Channel:
         channel = Channel(self, comm, f"{name} of a part", in_flight_bytes, number=-1)
         self.whole.add(channel)
+        self._own.append(channel)
         return channel
 
     def wait(self, ticket: Ticket) -> Any:
@@ -104,6 +106,7 @@ class PartEngine(Engine):
         if isinstance(ticket.error, MPI.Exception):
             reason = self._lost() or str(ticket.error)
         if reason is not None:
+            self.whole.forget(self._own)
             raise ExchangeError(
                 f"{ticket.label}: {reason}", where=self.world.name_of(self.world.rank)
             ) from ticket.error

@@ -26,11 +26,12 @@ USED_BY = {
 class ExchangeConfig:
     """How gradients get from each rank to all ranks."""
 
-    mode: str = option("allreduce", choices=("allreduce", "coded", "periods"))
+    mode: str = option("allreduce", choices=("allreduce", "coded", "periods", "shared"))
     """`allreduce`: every rank computes its share of the batch, and gradients are averaged over all
     ranks. `coded`: several ranks hold each part of the batch, and nobody waits for a slow or dead
     one; see [coded]. `periods`: each rank takes steps of its own, and takes in those of others
-    later; see [periods]."""
+    later; see [periods]. `shared`: rank 0 leads, and others train an encoder that they share, each
+    with a task of its own; see [shared]."""
     overlap: bool = True
     """Send a block while backward computes the next; false sends all blocks after backward."""
     next_forward: bool = False

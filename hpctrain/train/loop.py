@@ -76,12 +76,15 @@ class Trainer:
         chosen: run folder to use, instead of a new or an unfinished one.
         fresh: do not continue an earlier run.
         stop: what listens already for the word that this rank is to end.
+        resumes_below: checkpoints of this step and of later ones are passed over.
     """
 
     model: nn.Module
     """What the job's loss is given."""
     parallel: DataParallel
     """What exchanges gradients."""
+    speaks = True
+    """Whether the root tells the user how far it is."""
 
     def __init__(
         self,
@@ -94,14 +97,16 @@ class Trainer:
         chosen: Path | None = None,
         fresh: bool = False,
         stop: StopRequest | None = None,
+        resumes_below: int | None = None,
     ) -> None:
         self.world = world
         self.parts = parts
+        self._resumes_below = resumes_below
         self.settings = settings
         self.before_step = BuffersBefore(parts.model) if self.may_recover else None
         """Where a step may have to be taken again."""
         self.control = engine_of(world).control
-        self.console = Console(speaks=world.is_root, line_s=settings.run.line_s)
+        self.console = Console(speaks=self.speaks and world.is_root, line_s=settings.run.line_s)
         self.step_number = 0
         train = settings.train
         self.device = device_of(world, train.device)
@@ -620,7 +625,7 @@ class Trainer:
 
     def _resume(self) -> None:
         """Continue from the run's newest checkpoint, if it has one."""
-        loaded = load_newest(self.control, self.run_folder.checkpoints)
+        loaded = load_newest(self.control, self.run_folder.checkpoints, self._resumes_below)
         if loaded is None:
             return
         state, manifest = loaded

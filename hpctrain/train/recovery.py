@@ -25,13 +25,14 @@ from hpctrain.trace import COMPUTE, now_s
 from hpctrain.train import resume
 from hpctrain.train.loop import Trainer
 from hpctrain.train.optimizer import build_optimizer
+from hpctrain.train.shared_loop import SharedTrainer
 from hpctrain.train.standing import Standing, leader_of
 from hpctrain.world import World, fail, survivors_of
 
 _log = logging.getLogger("hpctrain")
 
 
-def run(trainer: Trainer) -> dict[str, float]:
+def run(trainer: Trainer | SharedTrainer) -> dict[str, float]:
     """Train to the end, with the ranks that are left if some die. As `Trainer.run`.
 
     Raises:
@@ -43,7 +44,7 @@ def run(trainer: Trainer) -> dict[str, float]:
         try:
             return trainer.run()
         except RankDiedError:
-            if not recovers:
+            if not recovers or isinstance(trainer, SharedTrainer):
                 raise
         _recover(trainer)
 

@@ -14,6 +14,7 @@ from hpctrain.data.batches import Collate, MapStyle
 from hpctrain.grad.coded.config import CodedConfig
 from hpctrain.grad.config import ExchangeConfig
 from hpctrain.grad.periods.method import PeriodsConfig
+from hpctrain.grad.shared.config import SharedConfig
 from hpctrain.train.checkpoint.config import CheckpointConfig
 from hpctrain.train.device import DEVICES
 from hpctrain.train.inject import InjectConfig
@@ -81,6 +82,7 @@ class Settings:
     exchange: ExchangeConfig
     coded: CodedConfig = CodedConfig()
     periods: PeriodsConfig = PeriodsConfig()
+    shared: SharedConfig = SharedConfig()
     checkpoint: CheckpointConfig
     run: RunConfig
     seed: int

@@ -29,6 +29,8 @@ class Kind(Enum):
     """Child: its encoder's parameters after a round."""
     END = "end"
     """Root: the run is over, with these parameters."""
+    STOP = "stop"
+    """Child: it was told to end, and so the run is to."""
     BYE = "bye"
     """Child: it has done what belongs to the end."""
     ALIVE = "alive"

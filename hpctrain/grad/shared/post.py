@@ -62,12 +62,16 @@ class Post:
         """Send; returns at once."""
         self._mailbox.send(rank, Letter(torch.from_numpy(packet.pack())))
 
-    def take(self) -> list[tuple[int, Packet]]:
-        """What has come, with the rank that sent it."""
-        taken = []
-        while self._came:
+    def take(self, most: int | None = None) -> list[tuple[int, Packet]]:
+        """What has come, or the first of it, with the rank that sent it."""
+        taken: list[tuple[int, Packet]] = []
+        while self._came and len(taken) != most:
             taken.append(self._came.popleft())
         return taken
+
+    def has(self, kind: Kind) -> bool:
+        """Whether a packet of a kind has come and was not taken yet."""
+        return any(packet.kind is kind for _, packet in list(self._came))
 
     def wait(self, until: Callable[[], bool]) -> None:
         """Wait patiently until a packet is there or something else is so."""

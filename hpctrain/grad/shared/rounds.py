@@ -64,6 +64,7 @@ class Rounds:
         number: the present round, from 0.
         is_open: whether a round is under way.
         answered: numbers of the children that made the last round.
+        is_told_to_stop: whether a child was told to end.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Rounds:
         self.answered: list[int] = []
         self._send, self._say = send, say
         self._deadline_s = deadline_s
+        self.is_told_to_stop = False
         self._rows: dict[int, torch.Tensor] = {}
         self._enough_s: float | None = None
         """Since when there is a quorum."""
@@ -147,6 +149,8 @@ class Rounds:
         elif packet.kind is Kind.ANSWER:
             child.figures = dict(packet.values["figures"])
             self._answer(number, packet)
+        elif packet.kind is Kind.STOP:
+            self.is_told_to_stop = True
         elif packet.kind is Kind.BYE:
             child.figures = dict(packet.values["figures"])
             child.is_done = True

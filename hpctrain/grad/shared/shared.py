@@ -34,11 +34,13 @@ class Turn:
         number: of the round, from 0.
         values: what the root said with the parameters.
         figures: what the root is to be told with the answer, as plain JSON values.
+        is_cut: set it if the turn was not played to its end, so that there is no answer.
     """
 
     number: int
     values: Mapping[str, Any]
     figures: dict[str, Any] = field(default_factory=dict)
+    is_cut: bool = False
 
 
 class Shared:
@@ -123,27 +125,38 @@ class Shared:
         self.rounds.instruct(now_s(), **instruction)
         return self.rounds
 
-    def play(self, **values: Any) -> Rounds:
+    def play(self, unless: Callable[[], bool] = lambda: False, **values: Any) -> bool:
         """On the root: one round. Afterwards the encoder holds what the rule has made.
 
         Args:
+            unless: asked while children are waited for: whether to give the round up.
             values: for the children, with the parameters; plain JSON values.
+
+        Returns:
+            Whether it was played to its end.
 
         Raises:
             TrainingError: too few children are left.
         """
         rounds = self.rounds
-        self._attend(rounds.may_begin)
+        self._attend(lambda now: rounds.may_begin(now) or unless())
+        if unless():
+            return False
         rounds.begin(**values)
-        self._attend(rounds.is_complete)
+        self._attend(lambda now: rounds.is_complete(now) or unless())
+        if unless():
+            return False
         rounds.combine()
         self._flat.tensor.copy_(rounds.server.target)
         self._flat.scatter(shared_tensors(self._encoder))
-        return rounds
+        return True
 
     def end(self, **values: Any) -> None:
         """On the root: tell the children that all is done, and wait for their last words."""
         self.rounds.end(**values)
+        for ranks in self.children:  # also what is left of children that are left out
+            for rank in ranks[0 if self.rounds.children[self._speakers[ranks[0]]].gone else 1 :]:
+                self._post.send(rank, Packet(Kind.END, values))
         self._attend(lambda _: self.rounds.has_ended)
         self._leave()
 
@@ -192,13 +205,18 @@ class Shared:
 
     def instruction(self) -> Mapping[str, Any]:
         """On a child: what is to be trained. Collective over the child's ranks."""
-        return self._receive().values
+        return self._receive(most=1).values
 
     def refuse(self, reason: str) -> None:
         """On a child: take no part."""
         self._tell(Packet(Kind.REFUSE, {"reason": reason}))
 
-    def turns(self, encoder: nn.Module, samples: int) -> Iterator[Turn]:
+    def turns(
+        self,
+        encoder: nn.Module,
+        samples: int,
+        keeps: Callable[[Mapping[str, Any]], bool] = lambda values: False,
+    ) -> Iterator[Turn]:
         """On a child: its part of each round, with the encoder as the root has sent it.
 
         Confirms first. Answers with the encoder when the next turn is asked for. After the last
@@ -208,6 +226,8 @@ class Shared:
         Args:
             encoder: to be trained; floating-point parameters and buffers are exchanged.
             samples: of the child's training data.
+            keeps: of what the root says with the parameters: whether to go on with the encoder as
+                it is, in the middle of that round, as a run does that was ended there.
 
         Raises:
             RankDiedError: the root is dead or silent.
@@ -224,10 +244,13 @@ class Shared:
                 self._last, self._tensors = packet.body, tensors
                 self.ended = packet.values
                 return
-            flat.tensor.copy_(packet.body)
-            flat.scatter(tensors)
+            if not keeps(packet.values):
+                flat.tensor.copy_(packet.body)
+                flat.scatter(tensors)
             turn = Turn(int(packet.values["round"]), packet.values)
             yield turn
+            if turn.is_cut:
+                continue
             flat.gather(tensors)
             answer = {"round": turn.number, "figures": turn.figures}
             self._tell(Packet(Kind.ANSWER, answer, flat.tensor.clone()))
@@ -243,19 +266,41 @@ class Shared:
         self._tell(Packet(Kind.BYE, {"figures": figures}))
         self._leave()
 
+    @property
+    def is_told_to_end(self) -> bool:
+        """On the rank that speaks for a child: whether the root has said that the run is over."""
+        return self._post.has(Kind.END)
+
+    def wait_for_end(self) -> None:
+        """On a rank of a child that takes no part any more: stay until the run is over."""
+        while not self._is_root_lost():
+            if any(packet.kind is Kind.END for _, packet in self._post.take()):
+                break
+            self._post.wait(self._is_root_lost)
+        self._leave()
+
+    def stop(self) -> None:
+        """On a child: it was told to end, and so the run is to. Not an answer to anything."""
+        self._tell(Packet(Kind.STOP))
+
+    @property
+    def is_told_to_stop(self) -> bool:
+        """On the root: whether a child was told to end."""
+        return self.rounds.is_told_to_stop
+
     def _tell(self, packet: Packet) -> None:
         if self.world.rank == 0:
             self._post.send(0, packet)
 
-    def _receive(self) -> Packet:
-        """The newest packet of the root, on all ranks of this child."""
+    def _receive(self, most: int | None = None) -> Packet:
+        """The newest packet of the root, or the first, on all ranks of this child."""
         newest: Packet | None = None
         if self.world.rank == 0:
             while newest is None:
                 self._post.wait(lambda: self._lost() is not None)
-                for _, packet in self._post.take():
+                for _, packet in self._post.take(most):
                     newest = packet
-                if newest is None:
+                if newest is None and self._lost() is not None:
                     raise self._root_lost()
         head = (newest.kind, dict(newest.values), newest.body) if newest else None
         if self.world.size == 1:
@@ -273,11 +318,13 @@ class Shared:
         """Why nothing will come any more, if so. Looked at while this child waits."""
         if self.is_root:
             return None
-        silent = now_s() - self._post.heard_s[0] > self._engine.deadline_s
-        if 0 in self._post.dead or silent:
+        if self._is_root_lost():
             return "the root is dead" if 0 in self._post.dead else "the root is silent"
         gone = self._post.dead.intersection(self.children[self.child])
         return f"{self._names(gone)} of the same child is dead" if gone else None
+
+    def _is_root_lost(self) -> bool:
+        return 0 in self._post.dead or now_s() - self._post.heard_s[0] > self._engine.deadline_s
 
     def _root_lost(self) -> Exception:
         reason = self._lost()

@@ -9,16 +9,23 @@ from typing import Any
 from hpctrain.comm.channel import Channel
 from hpctrain.comm.collect import all_gather, broadcast
 from hpctrain.train.checkpoint.format import UnreadableError, read_state
-from hpctrain.train.checkpoint.manifest import own_name, read_manifest
+from hpctrain.train.checkpoint.manifest import own_name, read_manifest, step_of
 from hpctrain.train.checkpoint.store import complete_names, tidy
 
 _log = logging.getLogger("hpctrain")
 
 
-def load_newest(channel: Channel, folder: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
+def load_newest(
+    channel: Channel, folder: Path, below: int | None = None
+) -> tuple[dict[str, Any], dict[str, Any]] | None:
     """Read the newest checkpoint that is intact on all ranks. Collective.
 
     Clears away what a kill left: nobody may be writing there.
+
+    Args:
+        channel: over all ranks that wrote it.
+        folder: of all checkpoints.
+        below: only of earlier steps than this.
 
     Returns:
         The state, one key a file, with this rank's own under ``own`` (None when the checkpoint
@@ -32,7 +39,8 @@ def load_newest(channel: Channel, folder: Path) -> tuple[dict[str, Any], dict[st
             tidy(folder)
         except OSError as error:
             _log.warning("%s cannot be tidied up: %s", folder, error)
-    names = broadcast(channel, complete_names(folder), label="checkpoint")
+    found_names = [n for n in complete_names(folder) if below is None or step_of(n) < below]
+    names = broadcast(channel, found_names, label="checkpoint")
     for name in names:
         found, failure, manifest = None, None, {}
         try:
