@@ -71,5 +71,8 @@ class Packet:
         kind, dtype, values = json.loads(packed[LENGTH_BYTES:end].tobytes())
         if not dtype:
             return Packet(Kind(kind), values)
-        body = torch.from_numpy(packed[end:].copy()).view(getattr(torch, dtype))
+        payload = packed[end:]
+        body = torch.empty(0, dtype=getattr(torch, dtype))
+        if payload.size:
+            body = torch.from_numpy(payload.copy()).view(body.dtype)
         return Packet(Kind(kind), values, body)

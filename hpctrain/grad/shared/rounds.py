@@ -186,7 +186,7 @@ class Rounds:
         for number, child in enumerate(self.children):
             if now_s - child.heard_s > self._deadline_s and not child.is_done:
                 self.leave_out(number, f"no sign of life for {self._deadline_s:g} s")
-        left, fewest = len(self._hopes), max(1, self.config.quorum, self.config.fewest)
+        left, fewest = len(self._hopes), self._fewest
         if left < fewest and not self.is_over:
             whys = [c.gone or c.spoilt * "its answer was not finite" for c in self.children]
             gone = "; ".join(f"{self.children[n].name}: {why}" for n, why in enumerate(whys) if why)
@@ -213,8 +213,7 @@ class Rounds:
         return self._is_enough(len(self._rows), len(awaited), now_s)
 
     def _is_enough(self, there: int, expected: int, now_s: float) -> bool:
-        fewest = max(1, self.config.quorum, self.config.fewest)
-        if there < fewest:
+        if there < self._fewest:
             self._enough_s = None
             return False
         if there >= expected:
@@ -232,10 +231,22 @@ class Rounds:
         if missing:
             self._say(f"round {self.number} is made without {', '.join(missing)}")
         rows = torch.stack([self._rows[number] for number in self.answered])
-        self.server.step(rows, [self.children[number].samples for number in self.answered])
+        samples = [self.children[number].samples for number in self.answered]
+        self.server.step(rows, samples, self._spoilt)
         self.number += 1
         self.is_open = False
         self._enough_s = None
+
+    @property
+    def _spoilt(self) -> int:
+        """Children whose answers cannot be used: fewer of the others can be hostile."""
+        return sum(child.spoilt and not child.gone for child in self.children)
+
+    @property
+    def _fewest(self) -> int:
+        """Answers without which there is no round."""
+        quorum = max(1, self.config.quorum - self._spoilt)
+        return max(quorum, self.config.fewest_without(self._spoilt))
 
     def _is_missed(self, number: int) -> bool:
         child = self.children[number]

@@ -50,10 +50,15 @@ class RuleConfig:
     @property
     def fewest(self) -> int:
         """Children that must have answered for the rule to mean anything."""
+        return self.fewest_without(0)
+
+    def fewest_without(self, known: int) -> int:
+        """The same where so many of those that are tolerated are known, and left out already."""
+        tolerates = max(0, self.tolerates - known)
         if self.rule == "krum":
-            return 2 * self.tolerates + 3
+            return 2 * tolerates + 3
         if self.rule == "trimmed":
-            return 2 * self.tolerates + 1
+            return 2 * tolerates + 1
         return 1
 
     def refuse_few(self, children: int) -> None:
@@ -72,19 +77,23 @@ class RuleConfig:
             )
 
 
-def combined(config: RuleConfig, rows: torch.Tensor, samples: Sequence[int]) -> torch.Tensor:
+def combined(
+    config: RuleConfig, rows: torch.Tensor, samples: Sequence[int], known: int = 0
+) -> torch.Tensor:
     """What the rule makes of the rows.
 
     Args:
         config: which rule.
         rows: one child a row; all finite.
         samples: of each child's training data.
+        known: how many of those that are tolerated are left out of the rows already.
     """
+    tolerates = max(0, config.tolerates - known)
     combine: dict[str, Callable[[], torch.Tensor]] = {
         "mean": lambda: weighted_mean(rows, samples),
         "median": lambda: median(rows),
-        "trimmed": lambda: trimmed_mean(rows, config.tolerates),
-        "krum": lambda: rows[krum(rows, config.tolerates)].clone(),
+        "trimmed": lambda: trimmed_mean(rows, tolerates),
+        "krum": lambda: rows[krum(rows, tolerates)].clone(),
     }
     return combine[config.rule]()
 
@@ -142,14 +151,15 @@ class Server:
         self._momentum = torch.zeros_like(start)
         self._squares = torch.zeros_like(start)
 
-    def step(self, rows: torch.Tensor, samples: Sequence[int]) -> None:
+    def step(self, rows: torch.Tensor, samples: Sequence[int], known: int = 0) -> None:
         """Take in what children have returned.
 
         Args:
             rows: the parameters of one child a row; all finite.
             samples: of each child's training data.
+            known: how many of those that are tolerated are left out already.
         """
-        config, found = self._config, combined(self._config, rows, samples)
+        config, found = self._config, combined(self._config, rows, samples, known)
         if config.server == "sgd" and config.server_rate == 1 and not config.server_momentum:
             self.target = found
             return

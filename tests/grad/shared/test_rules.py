@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from hpctrain.errors import JobError
 from hpctrain.grad.shared.rules import RuleConfig, Server, combined, krum
@@ -88,3 +91,56 @@ def test_server_in_numpy_and_resumed(kind: str) -> None:
             server.load_state_dict(state)
         server.step(sent, [1, 1, 1])
     np.testing.assert_allclose(server.target.numpy(), x, rtol=1e-3)
+
+
+# ---------------------------------------------------------------------- accuracy
+
+
+def trained_on_digits(rule: RuleConfig, hostile: Callable[[torch.Tensor], torch.Tensor]) -> float:
+    """Accuracy of a linear classifier that five children train, of which the last is hostile."""
+    datasets = pytest.importorskip("sklearn.datasets")
+    images, labels = datasets.load_digits(return_X_y=True)
+    x, y = torch.tensor(images / 16, dtype=torch.float32), torch.tensor(labels)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    held, rest = order[:400], order[400:]
+    torch.manual_seed(0)
+    model = nn.Linear(64, 10)
+    server = Server(rule, nn.utils.parameters_to_vector(model.parameters()).detach())
+    shares = rest.chunk(5)
+    for _ in range(15):
+        rows = []
+        for child, share in enumerate(shares):
+            nn.utils.vector_to_parameters(server.target.clone(), model.parameters())
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+            for part in share.split(32):
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(model(x[part]), y[part]).backward()
+                optimizer.step()
+            row = nn.utils.parameters_to_vector(model.parameters()).detach()
+            rows.append(hostile(row) if child == 4 else row)
+        finite = [n for n, row in enumerate(rows) if bool(torch.isfinite(row).all())]
+        samples = [len(shares[n]) for n in finite]
+        server.step(torch.stack([rows[n] for n in finite]), samples, 5 - len(finite))
+    nn.utils.vector_to_parameters(server.target, model.parameters())
+    return float((model(x[held]).argmax(dim=1) == y[held]).float().mean())
+
+
+HOSTILE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "sign flip": lambda row: -row,
+    "times 100": lambda row: 100 * row,
+    "NaN": lambda row: row * float("nan"),
+}
+
+
+@pytest.mark.parametrize("hostile", HOSTILE)
+def test_one_hostile_child_of_five_costs_less_than_two_points(hostile: str) -> None:
+    clean = trained_on_digits(RuleConfig(), lambda row: row)
+    assert clean > 0.9
+    for rule in (
+        RuleConfig(rule="median"),
+        RuleConfig(rule="trimmed", tolerates=1),
+        RuleConfig(rule="krum", tolerates=1),
+    ):
+        assert trained_on_digits(rule, HOSTILE[hostile]) >= clean - 0.02, rule.rule
+    if hostile != "NaN":
+        assert trained_on_digits(RuleConfig(), HOSTILE[hostile]) < clean - 0.1, "the control"
