@@ -57,23 +57,40 @@ class Layer(nn.Module):
         return x + self.perceptron(self.norm_2(x))
 
 
-class GPT(nn.Module):
-    """Predicts each byte of a window from those before it."""
+class Trunk(nn.Module):
+    """A GPT without its head. Its tables are drawn by `draw_tables`, together with the head's."""
 
     def __init__(self, width: int, layers: int, heads: int) -> None:
         super().__init__()
+        self.width = width
         self.bytes = nn.Embedding(BYTES, width)
         self.places = nn.Embedding(CONTEXT, width)
         self.layers = nn.Sequential(*(Layer(width, heads) for _ in range(layers)))
         self.norm = nn.LayerNorm(width)
+
+    def forward(self, window: torch.Tensor) -> torch.Tensor:
+        """Features (batch, length, width) of each byte of a window and those before it."""
+        x = self.bytes(window) + self.places.weight[: window.shape[1]]
+        return self.norm(self.layers(x))
+
+
+class GPT(Trunk):
+    """Predicts each byte of a window from those before it."""
+
+    def __init__(self, width: int, layers: int, heads: int) -> None:
+        super().__init__(width, layers, heads)
         self.head = nn.Linear(width, BYTES, bias=False)
-        for table in (self.bytes, self.places, self.head):
-            nn.init.normal_(table.weight, std=0.02)
+        draw_tables(self.bytes, self.places, self.head)
 
     def forward(self, window: torch.Tensor) -> torch.Tensor:
         """Logits (batch, length, 256) for the byte after each of a window (batch, length)."""
-        x = self.bytes(window) + self.places.weight[: window.shape[1]]
-        return self.head(self.norm(self.layers(x)))
+        return self.head(super().forward(window))
+
+
+def draw_tables(*tables: nn.Embedding | nn.Linear) -> None:
+    """Initial values of embeddings, and of a head over as many bytes."""
+    for table in tables:
+        nn.init.normal_(table.weight, std=0.02)
 
 
 class Windows(Dataset):
