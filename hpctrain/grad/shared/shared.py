@@ -239,11 +239,11 @@ class Shared:
         self._tell(Packet(Kind.CONFIRM, values))
         while True:
             packet = self._receive()
-            assert packet.body is not None
             if packet.kind is Kind.END:
                 self._last, self._tensors = packet.body, tensors
                 self.ended = packet.values
                 return
+            assert packet.body is not None
             if not keeps(packet.values):
                 flat.tensor.copy_(packet.body)
                 flat.scatter(tensors)
@@ -256,10 +256,14 @@ class Shared:
             self._tell(Packet(Kind.ANSWER, answer, flat.tensor.clone()))
 
     def take_last(self) -> None:
-        """On a child, after the last turn: give the encoder what the root has sent at the end."""
-        flat = Flat(self._tensors)
-        flat.tensor.copy_(self._last)
-        flat.scatter(self._tensors)
+        """On a child, after the last turn: give the encoder what the root has sent at the end.
+
+        A child that was left out is sent nothing, and keeps its own.
+        """
+        if self._last is not None:
+            flat = Flat(self._tensors)
+            flat.tensor.copy_(self._last)
+            flat.scatter(self._tensors)
 
     def goodbye(self, **figures: Any) -> None:
         """On a child, at the end: all that belongs to it is done."""

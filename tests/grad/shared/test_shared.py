@@ -131,7 +131,7 @@ def test_groups_of_ranks_average_their_gradients(world: World) -> None:
 def test_another_encoder_is_left_out(world: World) -> None:
     if world.size < 3:
         return
-    shared = Shared(SharedConfig(quorum=1, grace_s=0.0))
+    shared = Shared(SharedConfig())
     said: list[str] = []
     if shared.is_root:
         shared.lead(encoder(6), ROUNDS, kind={"width": 6}, say=said.append)
