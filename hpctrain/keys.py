@@ -51,7 +51,15 @@ def keys_of(cls: type, where: str = "") -> Iterator[Key]:
 
 
 def docstrings(cls: type) -> Mapping[str, str]:
-    """The text below each field of a class, in one line."""
+    """The text below each field of a class and of those it inherits from, in one line."""
+    texts: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if dataclasses.is_dataclass(base):
+            texts |= _own_docstrings(base)
+    return texts
+
+
+def _own_docstrings(cls: type) -> Mapping[str, str]:
     (body,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     assert isinstance(body, ast.ClassDef)
     texts: dict[str, str] = {}
