@@ -26,7 +26,7 @@ from hpctrain.stop import StopRequest
 from hpctrain.trace import now_s
 from hpctrain.train import resume
 from hpctrain.train.checkpoint.loading import load_newest
-from hpctrain.train.checkpoint.saver import Saver
+from hpctrain.train.checkpoint.saver import Saved, Saver
 from hpctrain.train.checks import refused_exits
 from hpctrain.train.console import Console
 from hpctrain.train.interrupt import told_when_interrupted
@@ -124,9 +124,10 @@ class ChildTrainer(Trainer):
 
     def leave(self) -> dict[str, float]:
         """The run is over: evaluate with the last encoder, save. Returns the figures."""
-        figures = {} if self._stops else self.evaluate()
-        self._stops = False
-        if self._saved_at != self.step_number:
+        figures, stops = {}, self._stops
+        if not stops:
+            figures = self.evaluate()
+        if not stops or self._saved_at != self.step_number:
             self.save()
         self._close(is_finished=False)  # the whole run is, or is not
         return figures
@@ -278,11 +279,11 @@ class SharedTrainer:
                 self._end_early()
             self.step_number = end
             self._record(begin, (now_s() - begun_s) / (end - begin))
-            if is_due and not self._rounds.is_over:
+            if is_due or self._rounds.is_over:
                 self._save()
-        self.shared.end(stops=False)
+        self.recording.checkpoint(self.step_number, self._finish_saving())
+        self.shared.end(stops=False, step=self.step_number)  # children put the last encoder in
         figures = self._validation(self.step_number)
-        self._save()
         self._close(is_finished=True)
         return figures
 
@@ -296,7 +297,7 @@ class SharedTrainer:
 
     def _end_early(self) -> None:
         """Save, have the children save where they are, and leave the rest for another launch."""
-        self.shared.end(stops=True)
+        self.shared.end(stops=True, step=self.step_number)
         if self._saved_at != self.step_number:
             self._save()
         self._close(is_finished=False)
@@ -346,10 +347,13 @@ class SharedTrainer:
         self._saved_at = self.step_number
         self.recording.checkpoint(self.step_number, saved)
 
-    def _close(self, is_finished: bool) -> None:
+    def _finish_saving(self) -> Saved | None:
         assert self._saver
+        return self._saver.finish()
+
+    def _close(self, is_finished: bool) -> None:
         self.world.position.phase = "closing"
-        self.recording.checkpoint(self.step_number, self._saver.finish())
+        self.recording.checkpoint(self.step_number, self._finish_saving())
         self.console.finish()
         self.recording.close(is_finished, "shared")
 
@@ -387,10 +391,10 @@ class SharedTrainer:
             _log.error("%s: this child takes no part any more", error)
             shared.wait_for_end()
             return {}
-        stops = bool(shared.ended and shared.ended["stops"])
-        if trainer is None:  # it came too late for any round
-            shared.goodbye(validation={})
-            return {}
+        assert shared.ended
+        stops = bool(shared.ended["stops"])
+        if trainer is None:  # it came too late for any round, or all are done
+            trainer = self._child = self._make_child(parts, settings, shared.ended, told)
         trainer._stops = stops
         if not stops:
             shared.take_last()

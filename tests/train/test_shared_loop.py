@@ -1,0 +1,199 @@
+"""Jobs of one encoder with several tasks: resumed with the same bits, going on without the dead."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from left_behind import losses, parameters
+
+from hpctrain.world import World
+
+if TYPE_CHECKING:
+    from conftest import Ended, Launch
+
+pytestmark = [pytest.mark.launch, pytest.mark.any_mpi]
+
+ENCODER = """
+from torch import nn
+def encoder(width): return nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Dropout(0.1))
+"""
+# A rank strikes itself at some step: STRIKE says whom, at which step and how.
+TASK = """
+import os, signal
+import torch
+from torch import nn
+from hpctrain.launched import launched_rank
+WHO, AT, HOW = os.environ.get("STRIKE", "-1 0 none").split()
+steps = 0
+def head(encoder): return nn.Linear(encoder[0].out_features, 1)
+def train_data():
+    x = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
+    return [(row, row.sum().sin()[None] * TASK) for row in x]
+def validation_data(): return train_data()[:8]
+def loss(model, batch):
+    global steps
+    steps += model.training
+    value = (model(batch[0]) - batch[1]).square().mean()
+    if launched_rank(os.environ) == int(WHO) and steps == int(AT) and model.training:
+        if HOW == "nan":
+            return value * float("nan")
+        os.kill(os.getpid(), getattr(signal, HOW))
+    return value
+"""
+JOB = """
+module = "encoder.py"
+model = { width = 8 }
+exchange = { mode = "shared" }
+train = { steps = 30, batch = 8, eval_every = 10 }
+optimizer = { name = "adamw", lr = 0.01 }
+checkpoint = { every = 10 }
+run = { report = false }
+shared = { tasks = ["first.py", "second.py"], round_steps = 5 }
+"""
+RUN = ("-m", "hpctrain", "run", "job.toml", "--run-dir", "run")
+CHILDREN = ("00-first", "01-second")
+ULFM = ("--with-ft", "ulfm")
+
+
+@pytest.fixture
+def job(launch: Launch) -> Launch:
+    written(launch)
+    return launch
+
+
+def written(launch: Launch) -> None:
+    (launch.folder / "encoder.py").write_text(ENCODER)
+    for number, name in enumerate(("first", "second")):
+        (launch.folder / f"{name}.py").write_text(TASK.replace("TASK", str(1 + number)))
+    (launch.folder / "job.toml").write_text(JOB)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, torch.Tensor]]:
+    from conftest import Launch
+
+    launch = Launch(tmp_path_factory.mktemp("undisturbed"))
+    written(launch)
+    ended = launch(3, *RUN)
+    assert ended.status == 0, ended.err
+    return all_parameters(launch.folder / "run")
+
+
+def all_parameters(run: Path) -> list[dict[str, torch.Tensor]]:
+    return [parameters(folder) for folder in (run, *(run / "children" / c for c in CHILDREN))]
+
+
+def assert_ends_undisturbed(
+    launch: Launch, undisturbed: list[dict[str, torch.Tensor]], ended: Ended
+) -> None:
+    assert ended.status == 0, ended.err
+    for found, expected in zip(all_parameters(launch.folder / "run"), undisturbed, strict=True):
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_rounds_are_recorded_by_child(job: Launch) -> None:
+    ended = job(3, *RUN)
+    assert ended.status == 0, ended.err
+    run = job.folder / "run"
+    assert list(losses(run)) == [5, 10, 15, 20, 25, 30]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    evaluated = [line for line in lines if "validation" in line]
+    assert [line["step"] for line in evaluated] == [10, 20, 30]
+    for child in CHILDREN:
+        assert all(f"{child} loss" in line["validation"] for line in evaluated)
+        assert list(losses(run / "children" / child)) == list(range(1, 31))
+    whole = parameters(run)
+    for child in CHILDREN:  # has the encoder of all at the end, and a head of its own
+        own = parameters(run / "children" / child)
+        assert all(torch.equal(own[f"encoder.{name}"], value) for name, value in whole.items())
+    assert not any("head" in name for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("who", "at"),
+    [
+        (1, 7),
+        pytest.param(0, 0, marks=pytest.mark.slow),
+        pytest.param(2, 10, marks=pytest.mark.slow),
+    ],
+)
+def test_run_that_is_told_to_end_goes_on_with_the_same_bits(
+    job: Launch, undisturbed: list[dict[str, torch.Tensor]], who: int, at: int
+) -> None:
+    if who == 0:  # the root computes no loss: the launcher tells it, and all others
+        process = job.start(3, *RUN)
+        while not list(job.folder.glob("run/children/*/step")) and process.poll() is None:
+            pass
+        process.send_signal(signal.SIGUSR1)
+        _, err = process.communicate()
+        status = process.returncode
+    else:
+        ended = job(3, *RUN, STRIKE=f"{who} {at} SIGUSR1")
+        status, err = ended.status, ended.err
+    assert status == 75, err
+    assert "told to end: saved at step" in err
+    assert_ends_undisturbed(job, undisturbed, job(3, *RUN))
+
+
+@pytest.mark.parametrize("at", [3, pytest.param(11, marks=pytest.mark.slow)])
+def test_killed_child_ends_the_run_which_goes_on_with_the_same_bits(
+    job: Launch, undisturbed: list[dict[str, torch.Tensor]], at: int
+) -> None:
+    assert job(3, *RUN, STRIKE=f"1 {at} SIGKILL").status not in (0, 75)
+    assert_ends_undisturbed(job, undisturbed, job(3, *RUN))
+
+
+def skip_unless_survivors_live(world: World) -> None:
+    if "Open MPI" not in world.library:
+        pytest.skip("MPICH's launcher ends all ranks when one is killed")
+
+
+def test_others_go_on_without_a_dead_child(job: Launch, world: World) -> None:
+    skip_unless_survivors_live(world)
+    ended = job(3, *RUN, options=ULFM, STRIKE="2 8 SIGKILL")
+    assert ended.status == 0, ended.err
+    assert "01-second (rank 2" in ended.err and "is left out: rank 2" in ended.err
+    assert list(losses(job.folder / "run"))[-1] == 30
+
+
+@pytest.mark.slow
+def test_others_go_on_without_a_group_that_lost_a_rank(job: Launch, world: World) -> None:
+    skip_unless_survivors_live(world)
+    ended = job(5, *RUN, "--set", "shared.group=2", options=ULFM, STRIKE="4 8 SIGKILL")
+    assert ended.status == 0, ended.err
+    assert "01-second (rank 3" in ended.err and "is left out" in ended.err
+
+
+def test_child_whose_gradients_are_not_finite_is_left_out(job: Launch) -> None:
+    ended = job(3, *RUN, STRIKE="1 8 nan")
+    assert ended.status == 0, ended.err
+    assert "00-first (rank 1" in ended.err and "not finite" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("shared.tasks=[]", "shared.tasks: missing"),
+        ('shared.tasks=["third.py"]', "shared.tasks: there is no"),
+        ('shared.tasks=["encoder.py"]', "defines no head()"),
+        ('module="first.py"', "defines no encoder()"),
+        ("exchange.mode=allreduce", "shared: does nothing unless exchange.mode = 'shared'"),
+        ("shared.rule=krum", "needs more children"),
+        ("shared.group=3", "needs a root and children"),
+        ("exchange.wire=bfloat16", None),
+    ],
+)
+def test_job_that_cannot_be_is_refused(job: Launch, key: str, text: str | None) -> None:
+    if text is None:  # is no mistake: groups exchange gradients
+        assert job(3, *RUN, "--set", key, "--set", "train.steps=5").status == 0
+        return
+    ended = job(3 if "needs" in text else 1, *RUN, "--set", key)
+    assert ended.status == 2, ended.err
+    assert text in ended.err and "Traceback" not in ended.err
+    assert not (job.folder / "run").exists()
