@@ -122,12 +122,18 @@ def run(
             name = secrets.token_hex(8)
             words = [*launcher, *command(folder, name, not ends)]
             lengths = _log_lengths(folder)
-            status = household.run(words)
+            status, seen = household.run(words, partial(_saved, folder, parent, name))
             folder = folder or _folder_of(parent, name)
             if status in FINAL or household.told:
                 return status
             ends.append(_end(status, folder, lengths))
+            saved = max(seen, *(end.saved for end in ends))
             why = why_not_again(ends, restarts)
+            if ends[-1].saved < saved:
+                why = (
+                    f"the checkpoint of step {saved} is gone, and the run would begin anew: look "
+                    "for what has become of the run folder or its file system"
+                )
             text = f"launch {len(ends)} of {restarts + 1} {ends[-1]}"
             if why is not None:
                 _say(f"{text}; no other follows" + (f": {why}" if why else ""))
@@ -201,8 +207,17 @@ class _Household:
             self._libc.prctl(_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
             signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
 
-    def run(self, words: Sequence[str]) -> int:
-        """Run a launcher to its end; its exit status, as a shell would give it."""
+    def run(self, words: Sequence[str], saved: Callable[[], int]) -> tuple[int, int]:
+        """Run a launcher to its end; its exit status, as a shell would give it.
+
+        Args:
+            words: its command.
+            saved: asked now and then for the step of the newest checkpoint.
+
+        Returns:
+            With the status, the latest step that was ever there.
+        """
+        seen = 0
         libc, mask = self._libc, self._mask
 
         def prepare() -> None:
@@ -220,11 +235,12 @@ class _Household:
             ) from None
         while self._launcher.poll() is None:
             self._listen(POLL_S * 10)
+            seen = max(seen, saved())
         self._listen(0)
         status = self._launcher.returncode
         self._launcher = None
         self._end_all()
-        return 128 - status if status < 0 else status
+        return (128 - status if status < 0 else status), seen
 
     def wait_until(self, is_so: Callable[[], bool], limit_s: float) -> None:
         """Wait, but no longer than `limit_s` or until this process is told to end."""
@@ -311,7 +327,7 @@ def _failures(folder: Path, lengths: Mapping[Path, int]) -> Iterable[str]:
     """What ranks wrote of their own ends, the first one first."""
     found = []
     for log in _logs(folder):
-        with log.open(errors="replace") as file:
+        with suppress(OSError), log.open(errors="replace") as file:
             file.seek(lengths.get(log, 0))
             found += [(line, match) for line in file if (match := _FAILURE.search(line))]
     return [f"rank {m[1]} {m[3]}" for _, m in sorted(found, key=lambda each: each[0])]
@@ -333,8 +349,18 @@ def _folder_of(parent: Path, name: str) -> Path | None:
     return None
 
 
+def _saved(folder: Path | None, parent: Path, name: str) -> int:
+    """Step of the newest checkpoint of a launch; 0 if there is none."""
+    folder = folder or _folder_of(parent, name)
+    steps = saved_steps(folder) if folder else []
+    return steps[-1] if steps else 0
+
+
 def _is_free(folder: Path) -> bool:
-    return holder_of(folder / "run.lock") is None
+    try:
+        return holder_of(folder / "run.lock") is None
+    except OSError:  # it is none; the next launch tells
+        return True
 
 
 def _start(end: End, folder: Path | None) -> str:

@@ -139,6 +139,23 @@ def test_gives_up_where_it_does_not_help(
     assert "no other follows: 3 launches ended at the same place" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("lost", ["runs/007", "runs/007/checkpoints"])
+@pytest.mark.parametrize("in_launch", [1, 2])
+def test_a_run_whose_checkpoints_vanish_does_not_begin_anew(
+    pretended: Pretended, capsys: pytest.CaptureFixture[str], lost: str, in_launch: int
+) -> None:
+    vanishes = f"[ $n != {in_launch} ] || {{ sleep {2.5 * supervisor.POLL_S * 10}; rm -r {lost}; }}"
+    assert pretended.run(f"{MAKES_RUN}{vanishes}; exit 1") == 1
+    assert len(pretended.given) == in_launch
+    told = capsys.readouterr().err
+    assert f"the checkpoint of step {in_launch} is gone" in told and "no other follows" in told
+
+
+def test_logs_and_locks_that_are_none_do_no_harm(pretended: Pretended) -> None:
+    odd = "mkdir -p runs/007/logs/rank-00002.log; ln -sf nowhere runs/007/run.lock;"
+    assert pretended.run(f"{MAKES_RUN}{odd} [ $n = 2 ] || exit 1") == 0
+
+
 def test_a_launcher_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(JobError, match="cannot be started"):
         supervisor.run(
