@@ -14,8 +14,8 @@
 # Launcher: Open MPI v5.0.11 is started by srun's pmix
 # If you submit it yourself, first: mkdir -p runs/digits
 
-# Slurm tells this shell ahead of the time limit; ranks save and end with 75 then. A
-# launcher loses what it is told before it has started ranks, and so is told repeatedly.
+# Slurm tells this shell ahead of the time limit; ranks save and end with 75 then.
+# A launcher loses what it is told before it has started ranks, and is told repeatedly.
 launcher= told=
 pass_on() {
   told=1
@@ -27,8 +27,8 @@ trap pass_on USR1 TERM
 end() {
   # The signal itself ends what does not listen to it yet, and so has nothing to save.
   case "$told $1" in "1 10" | "1 138" | "1 15" | "1 143") set -- 75 ;; esac
-  # Back into the queue: what was told to end and has saved, and what is preempted but
-  # ended before Slurm ended it. Not what was cancelled, which is no longer RUNNING.
+  # Back into the queue: what was told to end and has saved, and what is preempted
+  # but ended before Slurm ended it. Not what was cancelled, no longer RUNNING.
   case "$1 $(scontrol -o show job "$SLURM_JOB_ID")" in
     "0 "*) ;;
     "75 "*JobState=RUNNING* | *JobState=RUNNING*PreemptTime=2*)

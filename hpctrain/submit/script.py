@@ -92,7 +92,7 @@ def _header(submission: Submission) -> Iterator[str]:
         "partition": config.partition,
         "account": config.account,
         "qos": config.qos,
-        "constraint": config.constraint,
+        "constraint": config.constraint and f'"{config.constraint}"',
         "array": config.array,
         "signal": f"B:USR1@{config.warning_s}",
     }
@@ -140,8 +140,8 @@ def _body(submission: Submission) -> Iterator[str]:
 def _ending(config: SubmitConfig) -> Iterator[str]:
     """Functions of the script: what it does when it is told to end, and how it ends."""
     yield from (
-        f"# Slurm tells this shell ahead of the time limit; ranks save and end with {_AGAIN} then. A",
-        "# launcher loses what it is told before it has started ranks, and so is told repeatedly.",
+        f"# Slurm tells this shell ahead of the time limit; ranks save and end with {_AGAIN} then.",
+        "# A launcher loses what it is told before it has started ranks, and is told repeatedly.",
         "launcher= told=",
         "pass_on() {",
         "  told=1",
@@ -156,8 +156,8 @@ def _ending(config: SubmitConfig) -> Iterator[str]:
     )
     if config.requeue:
         yield from (
-            "  # Back into the queue: what was told to end and has saved, and what is preempted but",
-            "  # ended before Slurm ended it. Not what was cancelled, which is no longer RUNNING.",
+            "  # Back into the queue: what was told to end and has saved, and what is preempted",
+            "  # but ended before Slurm ended it. Not what was cancelled, no longer RUNNING.",
             '  case "$1 $(scontrol -o show job "$SLURM_JOB_ID")" in',
             '    "0 "*) ;;',
             f'    "{_AGAIN} "*JobState=RUNNING* | *JobState=RUNNING*PreemptTime=2*)',
@@ -174,7 +174,7 @@ def _stage(submission: Submission, packages: Packages) -> Iterator[str]:
     yield from (
         "",
         "# Packages: each node takes the copy that it has; where one has none, all are sent it.",
-        f"cache={cache}",
+        f"cache={_quoted(cache)}",  # else the shell would see a home in /a:~me
         f"packages={digest}",
         "stage() {",
         '  srun --mpi=none --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" \\',
@@ -183,8 +183,8 @@ def _stage(submission: Submission, packages: Packages) -> Iterator[str]:
         "}",
         f"missing=$(stage check) || end {_UNFIT}",
         '[ -z "$missing" ] || {',
-        f'  sbcast --force {_quoted(packages.archive)} "$cache/.$SLURM_JOB_ID.tar" &&',
-        '    stage fill "$cache/.$SLURM_JOB_ID.tar"',
+        f'  archive={_quoted(packages.archive)} sent="$cache/.$SLURM_JOB_ID.tar"',
+        '  sbcast --force "$archive" "$sent" && stage fill "$sent" "$archive"',
         f"}} || end {_UNFIT}",
         f'export {ENTRY}="$cache/$packages"',
         f'export PYTHONPATH="${ENTRY}/files${{PYTHONPATH:+:$PYTHONPATH}}"',
