@@ -39,7 +39,7 @@ class StopRequest:
         for number in asking:
             signal.signal(number, self._ask)
         if signal.SIGUSR1 in asking:
-            # Batch scripts repeat it, and Python gives up its handlers before the process has ended.
+            # Batch scripts repeat it, and Python gives up its handlers before the process ends.
             atexit.register(signal.signal, signal.SIGUSR1, signal.SIG_IGN)
         return asking
 

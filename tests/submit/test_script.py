@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import pytest
 
@@ -241,6 +242,19 @@ def test_no_value_runs_a_command(tmp_path: Path) -> None:
     "values",
     [
         {"partition": "a b"},
+        {"partition": "a|b"},
+        {"constraint": 'a"'},
+        {"constraint": "a100 --wrap=reboot"},
+        {"constraint": "a`reboot`"},
+        {"constraint": "$(reboot)"},
+        {"constraint": "a\nreboot"},
+        {"constraint": "a;b"},
+        {"gpus_per_node": "a100"},
+        {"gpus_per_node": "a100:"},
+        {"gpus_per_node": "a100:4 --x"},
+        {"gpus_per_node": -1},
+        {"gpus_per_node": True},
+        {"cache_gb": 1e300},
         {"partition": "x\n#SBATCH --wrap=reboot"},
         {"account": "$(reboot)"},
         {"time": "tomorrow"},
@@ -257,6 +271,29 @@ def test_no_value_runs_a_command(tmp_path: Path) -> None:
 def test_values_that_could_mean_something_else_are_refused(values: dict[str, object]) -> None:
     with pytest.raises(JobError, match=re.escape(next(iter(values)))):
         SubmitConfig(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({"constraint": "a100|h100"}, '#SBATCH --constraint="a100|h100"'),
+        ({"constraint": "[(a&b)|c*2]"}, '#SBATCH --constraint="[(a&b)|c*2]"'),
+        ({"gpus_per_node": 4}, "#SBATCH --gpus-per-node=4"),
+        ({"gpus_per_node": "a100:4"}, "#SBATCH --gpus-per-node=a100:4"),
+        ({"gpus_per_node": "a100:2,h100:2"}, "#SBATCH --gpus-per-node=a100:2,h100:2"),
+    ],
+)
+def test_values_of_ordinary_slurm(values: dict[str, Any], line: str) -> None:
+    assert line in render(submission(SubmitConfig(**values))).splitlines()
+
+
+def test_a_home_in_the_name_of_the_cache_is_none(tmp_path: Path) -> None:
+    """The shell replaces ~ behind a colon as well, unless it is quoted."""
+    config = SubmitConfig(deps="deps", cache=f"{tmp_path}/a:~root/x")
+    script = render(dataclasses.replace(submission(config), packages=PACKAGES))
+    _, calls = ran(script, tmp_path, status=0)
+    assert f"{tmp_path}/a:~root/x" in calls
+    assert not any(":/root" in call for call in calls)
 
 
 @pytest.mark.parametrize("folder", ["/home/\n/x", '/home/"/x', "/home/$x", "/home/%j"])
