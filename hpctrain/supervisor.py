@@ -25,6 +25,7 @@ from pathlib import Path
 from hpctrain.errors import ExitCode, JobError
 from hpctrain.launched import launched_size
 from hpctrain.records import read_facts, saved_steps, step_begun
+from hpctrain.stop import broken_off
 from hpctrain.train.run_lock import holder_of
 
 FINAL = (ExitCode.DONE, ExitCode.BAD_JOB, ExitCode.UNFIT, ExitCode.REQUEUE)
@@ -90,7 +91,8 @@ def run(
     """Start ranks, and start them again as long as that may help.
 
     SIGUSR1, SIGTERM and SIGINT are passed on to the launcher; whatever status ranks then end with
-    is final. No process is left on this machine when this returns.
+    is final. In a batch job, ranks that such a signal ends before they listen are to be queued
+    again. No process is left on this machine when this returns.
 
     Args:
         command: the program of a rank, given the run folder, if it is known, a word that names the
@@ -124,6 +126,8 @@ def run(
             lengths = _log_lengths(folder)
             status, seen = household.run(words, partial(_saved, folder, parent, name))
             folder = folder or _folder_of(parent, name)
+            if household.has_broken_off(status):
+                return ExitCode.REQUEUE
             if status in FINAL or household.told:
                 return status
             ends.append(_end(status, folder, lengths))
@@ -241,6 +245,11 @@ class _Household:
         self._launcher = None
         self._end_all()
         return (128 - status if status < 0 else status), seen
+
+    def has_broken_off(self, status: int) -> bool:
+        """Whether a launch was ended by what it was told, since nobody in it listened yet."""
+        told = self._is_batch and self.told in (signal.SIGTERM, signal.SIGUSR1)
+        return told and status in broken_off(signal.SIGTERM, signal.SIGUSR1)
 
     def wait_until(self, is_so: Callable[[], bool], limit_s: float) -> None:
         """Wait, but no longer than `limit_s` or until this process is told to end."""

@@ -225,6 +225,27 @@ def test_what_it_is_told_it_passes_on_and_starts_nothing_more(
     assert (tmp_path / "came").read_text().strip() == came
 
 
+@pytest.mark.parametrize(
+    ("environment", "end", "status"),
+    [
+        ("SLURM_JOB_ID=7", "kill -USR1 $$", 75),
+        ("SLURM_JOB_ID=7", "exit 143", 75),
+        ("SLURM_JOB_ID=7", "exit 10", 75),
+        ("SLURM_JOB_ID=7", "exit 137", 137),
+        ("A=b", "kill -USR1 $$", 138),
+    ],
+)
+def test_told_before_ranks_listen(tmp_path: Path, environment: str, end: str, status: int) -> None:
+    """Ranks that the signal ended have nothing to save: a batch job is queued again."""
+    script = f"trap 'trap - USR1; {end}' USR1; echo >ready; while :; do sleep 0.02; done"
+    process = subprocess.Popen([sys.executable, "-c", SUPERVISE, script, environment], cwd=tmp_path)
+    while not (tmp_path / "ready").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(20) == status
+
+
 def test_the_launcher_ends_with_its_supervisor(tmp_path: Path) -> None:
     script = "trap 'echo >came; exit 1' TERM; echo $$ >ready; while :; do sleep 0.02; done"
     process = subprocess.Popen([sys.executable, "-c", SUPERVISE, script, "A=b"], cwd=tmp_path)
