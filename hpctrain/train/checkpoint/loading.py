@@ -18,7 +18,7 @@ _log = logging.getLogger("hpctrain")
 
 
 def load_newest(
-    channel: Channel, folder: Path, parts: Collection[str] = ("model", "exchange")
+    channel: Channel, folder: Path, parts: Collection[str] = ()
 ) -> tuple[dict[str, Any], dict[str, Any]] | None:
     """Read the newest checkpoint that is intact on all ranks. Collective.
 
