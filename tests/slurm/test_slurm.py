@@ -53,13 +53,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     return Undisturbed(tmp_path_factory.mktemp("undisturbed"))
 
 
-def two_nodes() -> tuple[str, ...]:
-    """By mpirun with Open MPI: two nodes on one machine are one too many for srun's pmix."""
-    family = family_of(library_name(load_mpi().Get_library_version()))
-    launcher = "mpirun" if family == "Open MPI" else "srun"
-    return "--nodes", "2", "--ntasks-per-node", "1", "--set", f"submit.launcher={launcher}"
-
-
 def assert_completed(slurm: SlurmBox, job: Job, expected: dict[str, Any]) -> dict[str, str]:
     facts = slurm.wait(job.number, *ENDED)
     assert facts["JobState"] == "COMPLETED", job.told
@@ -87,8 +80,12 @@ def test_by_srun_on_one_node(
 def test_on_two_nodes(
     slurm: SlurmBox, submitted: Submitter, launch: Launch, undisturbed: Undisturbed
 ) -> None:
+    """By mpirun with Open MPI: two nodes on one machine are one too many for srun's pmix."""
     expected = undisturbed_of(undisturbed, launch)
-    job = submitted(MAIN_JOB, *two_nodes(), *SET)
+    library = library_name(load_mpi().Get_library_version())
+    launcher = "mpirun" if family_of(library) == "Open MPI" else "srun"
+    options = ("--nodes", "2", "--ntasks-per-node", "1", "--set", f"submit.launcher={launcher}")
+    job = submitted(MAIN_JOB, *options, *SET)
     facts = assert_completed(slurm, job, expected)
     assert facts["NumNodes"] == "2"
     assert json.loads((job.run / "run.json").read_text())["ranks"] == 2
@@ -99,7 +96,7 @@ def test_preempted_job_goes_on_where_it_was(
     slurm: SlurmBox, submitted: Submitter, launch: Launch, undisturbed: Undisturbed
 ) -> None:
     expected = undisturbed_of(undisturbed, launch)
-    job = submitted(MAIN_JOB, *two_nodes(), "--partition", "scavenge", *LONG)
+    job = submitted(MAIN_JOB, *TWO_RANKS, "--partition", "scavenge", *LONG)
     job.wait_for(IN_TRAINING)
     wants_all = ("--nodes=4", "--exclusive", "--time=1", "--output=/dev/null", "--wrap=true")
     slurm("sbatch", *wants_all)
@@ -134,7 +131,7 @@ def test_job_that_is_warned_of_its_time_limit_goes_on(
 
 @pytest.mark.any_mpi
 def test_cancelled_job_is_saved_and_over(slurm: SlurmBox, submitted: Submitter) -> None:
-    job = submitted(MAIN_JOB, *two_nodes(), *LONG, "--set", "train.steps=5000")
+    job = submitted(MAIN_JOB, *TWO_RANKS, *LONG, "--set", "train.steps=5000")
     job.wait_for(IN_TRAINING)
     slurm("scancel", job.number)
     facts = slurm.wait(job.number, *ENDED, "PENDING")
