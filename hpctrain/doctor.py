@@ -124,10 +124,8 @@ def _batch_launcher(world: World) -> list[Finding]:
 
     Looked at on the root's host alone.
     """
-    if shutil.which("srun") is None:
+    if not world.is_root or shutil.which("srun") is None:
         return []
-    if not world.is_root:
-        return [Finding("Slurm", OK, "")]
     types = srun_types()
     chosen = choose(world.library, types, "auto", survivors=False)
     listed = f"srun's types that load: {', '.join(types) or 'none'}"

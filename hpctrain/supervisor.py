@@ -118,22 +118,23 @@ def run(
             everywhere=True,
         )
     ends: list[End] = []
-    folder = chosen
+    folder, saved = chosen, 0
     with _Household(environment) as household:
         while True:
             name = secrets.token_hex(8)
             words = [*launcher, *command(folder, name, not ends)]
             lengths = _log_lengths(folder)
-            status, seen = household.run(words, partial(_saved, folder, parent, name))
-            folder = folder or _folder_of(parent, name)
+            watched = _Watched(parent, name, folder)
+            status = household.run(words, watched.look)
+            watched.look()
+            folder, saved = watched.folder, max(saved, watched.saved)
             if household.has_broken_off(status):
                 return ExitCode.REQUEUE
             if status in FINAL or household.told:
                 return status
             ends.append(_end(status, folder, lengths))
-            saved = max(seen, *(end.saved for end in ends))
             why = why_not_again(ends, restarts)
-            if ends[-1].saved < saved:
+            if saved and not ends[-1].saved:
                 why = (
                     f"the checkpoint of step {saved} is gone, and the run would begin anew: look "
                     "for what has become of the run folder or its file system"
@@ -184,6 +185,26 @@ def words_of(launcher: str) -> list[str]:
     return words
 
 
+class _Watched:
+    """The run folder of a launch, looked at while it runs.
+
+    Attributes:
+        folder: once it is known.
+        saved: the latest step that a checkpoint was seen of; 0 if none was.
+    """
+
+    def __init__(self, parent: Path, name: str, folder: Path | None) -> None:
+        self._parent, self._name = parent, name
+        self.folder = folder
+        self.saved = 0
+
+    def look(self) -> None:
+        """Look for the folder, and for checkpoints in it."""
+        self.folder = self.folder or _folder_of(self._parent, self._name)
+        if self.folder and (steps := saved_steps(self.folder)):
+            self.saved = max(self.saved, steps[-1])
+
+
 class _Household:
     """The processes of launches: started, told what this one is told, and gone at the end.
 
@@ -211,17 +232,13 @@ class _Household:
             self._libc.prctl(_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
             signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
 
-    def run(self, words: Sequence[str], saved: Callable[[], int]) -> tuple[int, int]:
+    def run(self, words: Sequence[str], look: Callable[[], object]) -> int:
         """Run a launcher to its end; its exit status, as a shell would give it.
 
         Args:
             words: its command.
-            saved: asked now and then for the step of the newest checkpoint.
-
-        Returns:
-            With the status, the latest step that was ever there.
+            look: called now and then meanwhile.
         """
-        seen = 0
         libc, mask = self._libc, self._mask
 
         def prepare() -> None:
@@ -239,12 +256,12 @@ class _Household:
             ) from None
         while self._launcher.poll() is None:
             self._listen(POLL_S * 10)
-            seen = max(seen, saved())
+            look()
         self._listen(0)
         status = self._launcher.returncode
         self._launcher = None
         self._end_all()
-        return (128 - status if status < 0 else status), seen
+        return 128 - status if status < 0 else status
 
     def has_broken_off(self, status: int) -> bool:
         """Whether a launch was ended by what it was told, since nobody in it listened yet."""
@@ -356,13 +373,6 @@ def _folder_of(parent: Path, name: str) -> Path | None:
         if read_facts(folder).get("launch") == name:
             return folder
     return None
-
-
-def _saved(folder: Path | None, parent: Path, name: str) -> int:
-    """Step of the newest checkpoint of a launch; 0 if there is none."""
-    folder = folder or _folder_of(parent, name)
-    steps = saved_steps(folder) if folder else []
-    return steps[-1] if steps else 0
 
 
 def _is_free(folder: Path) -> bool:

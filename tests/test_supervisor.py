@@ -151,6 +151,14 @@ def test_a_run_whose_checkpoints_vanish_does_not_begin_anew(
     assert f"the checkpoint of step {in_launch} is gone" in told and "no other follows" in told
 
 
+def test_a_run_that_has_gone_back_to_an_older_checkpoint_goes_on(pretended: Pretended) -> None:
+    """As where the newest one was damaged: those that were passed over are removed."""
+    first, later = (f"runs/007/checkpoints/step-0000000{step}" for step in ("01", "50"))
+    goes_back = f"[ $n != 1 ] || cp -r {first} {later}; [ $n != 2 ] || rm -r {later}"
+    assert pretended.run(f"{MAKES_RUN}{goes_back}; [ $n = 3 ] || exit 1") == 0
+    assert len(pretended.given) == 3
+
+
 def test_logs_and_locks_that_are_none_do_no_harm(pretended: Pretended) -> None:
     odd = "mkdir -p runs/007/logs/rank-00002.log; ln -sf nowhere runs/007/run.lock;"
     assert pretended.run(f"{MAKES_RUN}{odd} [ $n = 2 ] || exit 1") == 0

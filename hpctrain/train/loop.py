@@ -599,10 +599,8 @@ class Trainer:
         self.step_number = int(manifest["step"])
         with resume.state_of_a_run():
             resume.restore_model(self.parts.model, state["model"])
-            resume.restore_optimizer(
-                *(self.optimizer, self.settings.optimizer),
-                *(state["optimizer"], manifest.get("optimizer")),
-            )
+            table, written_by = self.settings.optimizer, manifest.get("optimizer")
+            resume.restore_optimizer(self.optimizer, table, state["optimizer"], written_by)
             self._resume_exchange(state, int(manifest["ranks"]))
         self.console.say(f"resumed at step {self.step_number}")
 
