@@ -5,8 +5,10 @@
   the bits of an undisturbed run.
 - `kill_ulfm`: the same under `--with-ft ulfm`. The others must go on and end with equal parameters.
 - `stop`: SIGSTOP of a random rank. It must be named within the deadline + 2 s.
-- `signals`: SIGUSR1 at a random moment. The run must end with status 75, and with the bits of an
-  undisturbed run when it is started again.
+- `signals`: SIGUSR1 to the launcher while a rank computes, while gradients are exchanged, in an
+  evaluation and while a checkpoint is written, in turn, at a random step. The run must end with
+  status 75, saved after that step or the next, and with the bits of an undisturbed run when it is
+  started again.
 - `corruption`: one random damage of a checkpoint at a time. It must be found, and the one before be
   loaded.
 - `kill_in_save`: kill -9 of a process that does nothing but save. A whole checkpoint must be there.
@@ -44,22 +46,36 @@ COUNTS = {
     "kill_portable": (50, 2),
     "kill_ulfm": (50, 2),
     "stop": (10, 1),
-    "signals": (50, 2),
+    "signals": (50, 4),
     "corruption": (1000, 50),
     "kill_in_save": (200, 5),
 }
 """How many to try, and with --quick."""
 STALL_STEPS, STALL_EVERY = 60, 10
+PHASES = ("compute", "exchange", "evaluation", "save")
 
 MODULE = """
-import atexit, hashlib, os, time
+import atexit, hashlib, os, signal, time
 import torch
 from torch import nn
 from hpctrain.launched import launched_rank
 RANK = launched_rank(os.environ)
 open(f"pid-{RANK}", "w").write(str(os.getpid()))
+PHASE, AT = os.environ.get("SIGNAL_IN"), int(os.environ.get("SIGNAL_AT", "0"))
+steps, told = 0, False
+def phase(name):
+    global told
+    if RANK == 0 and name == PHASE and steps >= AT and not told:
+        told = True
+        open("told-at", "w").write(str(steps))
+        os.kill(os.getppid(), signal.SIGUSR1)  # the launcher
+def save(*arguments, write=torch.save):
+    phase("save")
+    return write(*arguments)
+torch.save = save
 def model(width=32):
     net = nn.Sequential(nn.Linear(8, width), nn.Tanh(), nn.Dropout(0.1), nn.Linear(width, 1))
+    net[0].bias.register_post_accumulate_grad_hook(lambda _: phase("exchange"))
     atexit.register(end, net)
     return net
 def end(net):
@@ -68,6 +84,9 @@ def end(net):
 def train_data(): return list(torch.randn(240, 8, generator=torch.Generator().manual_seed(0)))
 validation_data = train_data
 def loss(model, batch):
+    global steps
+    steps += model.training
+    phase("compute" if model.training else "evaluation")
     time.sleep(float(os.environ.get("SLEEP_S", "0.005")))
     return model(batch).square().mean()
 """
@@ -88,7 +107,7 @@ class Bench:
         self.draw = draw
         (folder / "job.py").write_text(MODULE)
         (folder / "job.toml").write_text(JOB)
-        self._made = 0
+        self._made = self.signals = 0
         begun_s = time.monotonic()
         self.reference = self.ended(self.start(self.new_run()))
         assert self.reference.returncode == 0, self.reference.stderr
@@ -104,7 +123,12 @@ class Bench:
         return self.run
 
     def start(
-        self, run: Path, *options: str, ranks: int = RANKS, sets: tuple[str, ...] = ()
+        self,
+        run: Path,
+        *options: str,
+        ranks: int = RANKS,
+        sets: tuple[str, ...] = (),
+        **environment: str,
     ) -> subprocess.Popen[str]:
         """Start the job on its ranks."""
         mpiexec = Path(sys.executable).with_name("mpiexec")
@@ -115,7 +139,7 @@ class Bench:
                 *("run", "job.toml", "--run-dir", str(run), *values),
             ],
             cwd=self.folder,
-            env=os.environ | harness.RUNTIME,
+            env=os.environ | harness.RUNTIME | environment,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -228,22 +252,18 @@ def stop(bench: Bench) -> Outcome | None:
 
 
 def signals(bench: Bench) -> Outcome | None:
-    """One word to end."""
-    process = bench.start(bench.new_run())
-    if not bench.in_training(process):
-        bench.ended(process)
-        return None
-    told_in = int((bench.run / "step").read_text())
-    os.kill(process.pid, signal.SIGUSR1)
-    begun_s = time.monotonic()
-    ended = bench.ended(process)
-    took_s = time.monotonic() - begun_s
-    if ended.returncode == 0:
-        return None  # it was over before
+    """One word to end, in one of the phases."""
+    bench.signals += 1
+    phase = PHASES[bench.signals % len(PHASES)]
+    at = bench.draw.randrange(1, STEPS - EVAL_EVERY)
+    told_at = bench.folder / "told-at"
+    told_at.unlink(missing_ok=True)
+    ended = bench.ended(bench.start(bench.new_run(), SIGNAL_IN=phase, SIGNAL_AT=str(at)))
     saved = max((bench.run / "checkpoints").glob("step-*"), default=None)
     step = int(saved.name.removeprefix("step-")) if saved else -1
-    ok = ended.returncode == 75 and step >= told_in - 1 and bench.ends_as_reference()
-    return {"took_s": took_s, "steps": step - told_in + 1, "ok": ok}
+    later = step - int(told_at.read_text())
+    ok = ended.returncode == 75 and later in (0, 1) and bench.ends_as_reference()
+    return {"what": phase, "steps_later": later, "ok": ok}
 
 
 def corruption(bench: Bench, count: int) -> Iterator[Outcome]:
@@ -406,6 +426,10 @@ def tally(outcomes: list[Outcome]) -> dict[str, Any]:
     """How many were ok, and how long they took."""
     times = sorted(outcome["took_s"] for outcome in outcomes if "took_s" in outcome)
     found: dict[str, Any] = {"tried": len(outcomes), "ok": sum(o["ok"] for o in outcomes)}
+    for phase in PHASES:
+        of_phase = [outcome["ok"] for outcome in outcomes if outcome.get("what") == phase]
+        if of_phase:
+            found[f"ok in {phase}"] = sum(of_phase)
     if times:
         found["median_s"] = statistics.median(times)
         found["p95_s"] = times[min(len(times) - 1, int(0.95 * len(times)))]

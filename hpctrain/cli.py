@@ -187,13 +187,13 @@ def _run(chosen: argparse.Namespace) -> int:
         return _supervise(chosen)
     stop = StopRequest()
     stop.listen(os.environ)
-    cache.hold(os.environ)
+    missing = _held_packages()
     # Imported here, so that a mistyped command line is answered before torch is loaded.
     from hpctrain import report
     from hpctrain.train import recovery
     from hpctrain.world import join
 
-    loaded = _load_together(chosen.job, chosen.overrides)
+    loaded = _load_together(chosen.job, chosen.overrides, missing)
     trainer = loaded.trainer(join(), chosen.run_dir, chosen.fresh, stop, chosen.launch)
     if chosen.live is not None:
         trainer.console.live = chosen.live
@@ -208,6 +208,7 @@ def _supervise(chosen: argparse.Namespace) -> int:
     """Start ranks that run the job, and start them again when they fail."""
     from hpctrain import job_file, supervisor
 
+    cache.hold(os.environ)  # between launches no rank does
     restarts = chosen.restarts or 0
     if restarts < 0:
         raise JobError("--restarts", value=restarts, allowed="0 or more", everywhere=True)
@@ -240,8 +241,21 @@ def _supervise(chosen: argparse.Namespace) -> int:
     )
 
 
-def _load_together(path: Path, overrides: Sequence[str]) -> LoadedJob:
+def _held_packages() -> UnfitError | None:
+    """What keeps this rank from its packages, to be told when all ranks have joined."""
+    try:
+        cache.hold(os.environ)
+    except UnfitError as error:
+        return error
+    return None
+
+
+def _load_together(
+    path: Path, overrides: Sequence[str], missing: UnfitError | None = None
+) -> LoadedJob:
     """Load the job on every rank, and have all ranks leave when one of them finds mistakes.
+
+    Or when one of them misses its packages, without which it would find others.
 
     A rank that left alone would keep the others waiting for it inside MPI_Init.
     """
@@ -249,20 +263,23 @@ def _load_together(path: Path, overrides: Sequence[str]) -> LoadedJob:
     from hpctrain.world import JOIN_S, join
 
     loaded, mistakes, fingerprint = None, None, ""
+    kind: type[HpctrainError] = JobError
     try:
+        if missing:
+            raise missing
         loaded = job.load(path, overrides)
         fingerprint = loaded.fingerprint
-    except JobError as error:
-        mistakes = str(error)
+    except (JobError, UnfitError) as error:
+        mistakes, kind = str(error), type(error)
     try:
         deadline_s = loaded.job.exchange.deadline_s if loaded else JOIN_S
-        everyone = join(deadline_s=deadline_s).comm.allgather((mistakes, fingerprint))
+        everyone = join(deadline_s=deadline_s).comm.allgather((mistakes, kind, fingerprint))
     except UnfitError as error:
-        raise JobError(f"{mistakes}\n{error}", everywhere=True) if mistakes else error from None
-    for rank, (text, _) in enumerate(everyone):
+        raise kind(f"{mistakes}\n{error}", everywhere=True) if mistakes else error from None
+    for rank, (text, its_kind, _) in enumerate(everyone):
         if text:
-            raise JobError(text if rank == 0 else f"rank {rank}: {text}", everywhere=True)
-    if odd := [rank for rank, (_, other) in enumerate(everyone) if other != everyone[0][1]]:
+            raise its_kind(text if rank == 0 else f"rank {rank}: {text}", everywhere=True)
+    if odd := [rank for rank, (*_, other) in enumerate(everyone) if other != everyone[0][2]]:
         raise JobError(
             "the job is not the same on all ranks",
             where=f"other than on rank 0: {shown(odd)}",

@@ -56,7 +56,7 @@ def option(
         maximum: largest allowed number.
         choices: allowed strings.
         pattern: regular expression that a string, or each of a list, matches as a whole, and what
-            it allows in words.
+            it allows in words; that of a field which may be a number as well says so.
     """
     rules = {
         "minimum": minimum,
@@ -211,13 +211,15 @@ def _broken_rule(value: Any, rules: Mapping[str, Any]) -> str:
         return rules_text(rules) + hint
     if isinstance(value, int) and "maximum" not in rules and abs(value) > _LARGEST_INTEGER:
         return " and ".join(filter(None, (rules_text(rules), f"at most {_LARGEST_INTEGER}")))
-    texts = value if isinstance(value, list) else [value]
-    broken = (
-        ("pattern" in rules and not all(_matches(rules["pattern"][0], text) for text in texts))
-        or ("minimum" in rules and value < rules["minimum"])
-        or ("above" in rules and value <= rules["above"])
-        or ("maximum" in rules and value > rules["maximum"])
-    )
+    if isinstance(value, (int, float)):
+        broken = (
+            ("minimum" in rules and value < rules["minimum"])
+            or ("above" in rules and value <= rules["above"])
+            or ("maximum" in rules and value > rules["maximum"])
+        )
+    else:
+        texts = value if isinstance(value, list) else [value]
+        broken = "pattern" in rules and not all(_matches(rules["pattern"][0], t) for t in texts)
     if not broken:
         return ""
     return rules_text(rules)

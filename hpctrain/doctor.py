@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import signal
 import time
 from collections import Counter
@@ -27,6 +28,7 @@ from hpctrain.comm.engine import Engine, engine_of
 from hpctrain.comm.measure import Link, measure_all_reduce, measure_links, progress_trial
 from hpctrain.errors import ExitCode, JobError, UnfitError
 from hpctrain.streams import say
+from hpctrain.submit.launcher import choose, srun_types
 from hpctrain.world import FORWARD_S, Seat, World, launched_size, tells_of_deaths
 
 OK, WARNING, UNFIT = "ok", "warning", "unfit"
@@ -57,6 +59,7 @@ def run(world: World, as_json: bool) -> int:
     facts = all_gather(engine.control, _facts())
     findings = [
         _launcher(world),
+        *_batch_launcher(world),
         _threads(world),
         *same_everywhere([world.name_of(rank) for rank in range(world.size)], facts),
         *binding(world.seats, world.nodes),
@@ -114,6 +117,19 @@ def _launcher(world: World) -> Finding:
         OK,
         f"{world.size} rank(s) on {len(world.nodes)} node(s), {started}, {world.library}",
     )
+
+
+def _batch_launcher(world: World) -> list[Finding]:
+    """How `hpctrain submit` would start ranks here; nothing where there is no Slurm.
+
+    Looked at on the root's host alone.
+    """
+    if not world.is_root or shutil.which("srun") is None:
+        return []
+    types = srun_types()
+    chosen = choose(world.library, types, "auto", survivors=False)
+    listed = f"srun's types that load: {', '.join(types) or 'none'}"
+    return [Finding("Slurm", OK, f"`{' '.join(chosen.words)}`, since {chosen.reason}; {listed}")]
 
 
 def kill_a_rank(world: World) -> int:

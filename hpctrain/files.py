@@ -56,6 +56,11 @@ def others_may_write(path: Path) -> bool:
     return facts.st_uid not in (os.geteuid(), 0) or bool(facts.st_mode & stat.S_IWOTH)
 
 
+def anyone_may_write(path: Path) -> bool:
+    """Whether every user of the machine may."""
+    return bool(path.stat().st_mode & stat.S_IWOTH)
+
+
 def read_private(path: Path, most_bytes: int = 1 << 20) -> str:
     """The text of a file that nobody else can have written.
 

@@ -96,5 +96,6 @@ def as_markdown(keys: Iterator[Key]) -> str:
     """The keys as a table for docs/job-file.md."""
     rows = [HEADINGS, ("---",) * len(HEADINGS)]
     for key in keys:
-        rows.append((f"`{key.name}`", key.kind, key.default, key.allowed, key.meaning))
+        cells = (f"`{key.name}`", key.kind, key.default, key.allowed, key.meaning)
+        rows.append(tuple(cell.replace("|", r"\|") for cell in cells))
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)

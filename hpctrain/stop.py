@@ -7,6 +7,7 @@ before there is a loop, so that a program listens for it first of all.
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import threading
@@ -37,6 +38,9 @@ class StopRequest:
         asking = [n for n in signals_to_stop(environment) if signal.getsignal(n) is signal.SIG_DFL]
         for number in asking:
             signal.signal(number, self._ask)
+        if signal.SIGUSR1 in asking:
+            # Batch scripts repeat it, and Python gives up its handlers before the process ends.
+            atexit.register(signal.signal, signal.SIGUSR1, signal.SIG_IGN)
         return asking
 
     def _ask(self, number: int, frame: Any) -> None:
@@ -52,3 +56,11 @@ def signals_to_stop(environment: Mapping[str, str]) -> tuple[int, ...]:
     if "SLURM_JOB_ID" in environment:
         return signal.SIGUSR1, signal.SIGTERM
     return (signal.SIGUSR1,)
+
+
+def broken_off(*signals: int) -> tuple[int, ...]:
+    """Statuses of a launch whose ranks, or whose launcher, one of these signals has ended.
+
+    As a shell has them, and as MPICH's mpiexec does.
+    """
+    return tuple(status for number in signals for status in (int(number), 128 + number))

@@ -25,6 +25,7 @@ from pathlib import Path
 from hpctrain.errors import ExitCode, JobError
 from hpctrain.launched import launched_size
 from hpctrain.records import read_facts, saved_steps, step_begun
+from hpctrain.stop import broken_off
 from hpctrain.train.run_lock import holder_of
 
 FINAL = (ExitCode.DONE, ExitCode.BAD_JOB, ExitCode.UNFIT, ExitCode.REQUEUE)
@@ -90,7 +91,8 @@ def run(
     """Start ranks, and start them again as long as that may help.
 
     SIGUSR1, SIGTERM and SIGINT are passed on to the launcher; whatever status ranks then end with
-    is final. No process is left on this machine when this returns.
+    is final. In a batch job, ranks that such a signal ends before they listen are to be queued
+    again. No process is left on this machine when this returns.
 
     Args:
         command: the program of a rank, given the run folder, if it is known, a word that names the
@@ -116,18 +118,27 @@ def run(
             everywhere=True,
         )
     ends: list[End] = []
-    folder = chosen
+    folder, saved = chosen, 0
     with _Household(environment) as household:
         while True:
             name = secrets.token_hex(8)
             words = [*launcher, *command(folder, name, not ends)]
             lengths = _log_lengths(folder)
-            status = household.run(words)
-            folder = folder or _folder_of(parent, name)
+            watched = _Watched(parent, name, folder)
+            status = household.run(words, watched.look)
+            watched.look()
+            folder, saved = watched.folder, max(saved, watched.saved)
+            if household.has_broken_off(status):
+                return ExitCode.REQUEUE
             if status in FINAL or household.told:
                 return status
             ends.append(_end(status, folder, lengths))
             why = why_not_again(ends, restarts)
+            if saved and not ends[-1].saved:
+                why = (
+                    f"the checkpoint of step {saved} is gone, and the run would begin anew: look "
+                    "for what has become of the run folder or its file system"
+                )
             text = f"launch {len(ends)} of {restarts + 1} {ends[-1]}"
             if why is not None:
                 _say(f"{text}; no other follows" + (f": {why}" if why else ""))
@@ -174,6 +185,26 @@ def words_of(launcher: str) -> list[str]:
     return words
 
 
+class _Watched:
+    """The run folder of a launch, looked at while it runs.
+
+    Attributes:
+        folder: once it is known.
+        saved: the latest step that a checkpoint was seen of; 0 if none was.
+    """
+
+    def __init__(self, parent: Path, name: str, folder: Path | None) -> None:
+        self._parent, self._name = parent, name
+        self.folder = folder
+        self.saved = 0
+
+    def look(self) -> None:
+        """Look for the folder, and for checkpoints in it."""
+        self.folder = self.folder or _folder_of(self._parent, self._name)
+        if self.folder and (steps := saved_steps(self.folder)):
+            self.saved = max(self.saved, steps[-1])
+
+
 class _Household:
     """The processes of launches: started, told what this one is told, and gone at the end.
 
@@ -201,8 +232,13 @@ class _Household:
             self._libc.prctl(_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
             signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
 
-    def run(self, words: Sequence[str]) -> int:
-        """Run a launcher to its end; its exit status, as a shell would give it."""
+    def run(self, words: Sequence[str], look: Callable[[], object]) -> int:
+        """Run a launcher to its end; its exit status, as a shell would give it.
+
+        Args:
+            words: its command.
+            look: called now and then meanwhile.
+        """
         libc, mask = self._libc, self._mask
 
         def prepare() -> None:
@@ -220,11 +256,17 @@ class _Household:
             ) from None
         while self._launcher.poll() is None:
             self._listen(POLL_S * 10)
+            look()
         self._listen(0)
         status = self._launcher.returncode
         self._launcher = None
         self._end_all()
         return 128 - status if status < 0 else status
+
+    def has_broken_off(self, status: int) -> bool:
+        """Whether a launch was ended by what it was told, since nobody in it listened yet."""
+        told = self._is_batch and self.told in (signal.SIGTERM, signal.SIGUSR1)
+        return told and status in broken_off(signal.SIGTERM, signal.SIGUSR1)
 
     def wait_until(self, is_so: Callable[[], bool], limit_s: float) -> None:
         """Wait, but no longer than `limit_s` or until this process is told to end."""
@@ -311,7 +353,7 @@ def _failures(folder: Path, lengths: Mapping[Path, int]) -> Iterable[str]:
     """What ranks wrote of their own ends, the first one first."""
     found = []
     for log in _logs(folder):
-        with log.open(errors="replace") as file:
+        with suppress(OSError), log.open(errors="replace") as file:
             file.seek(lengths.get(log, 0))
             found += [(line, match) for line in file if (match := _FAILURE.search(line))]
     return [f"rank {m[1]} {m[3]}" for _, m in sorted(found, key=lambda each: each[0])]
@@ -334,7 +376,10 @@ def _folder_of(parent: Path, name: str) -> Path | None:
 
 
 def _is_free(folder: Path) -> bool:
-    return holder_of(folder / "run.lock") is None
+    try:
+        return holder_of(folder / "run.lock") is None
+    except OSError:  # it is none; the next launch tells
+        return True
 
 
 def _start(end: End, folder: Path | None) -> str:

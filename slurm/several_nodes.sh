@@ -18,15 +18,34 @@
 # If you submit it yourself, first: mkdir -p runs/digits
 
 # Slurm tells this shell ahead of the time limit; ranks save and end with 75 then.
+# A launcher loses what it is told before it has started ranks, and is told repeatedly.
 launcher= told=
-pass_on() { told=1; [ -z "$launcher" ] || kill -USR1 "$launcher"; }
+pass_on() {
+  told=1
+  if [ -n "$launcher" ]; then  # else `$!` would not be that of the launcher
+    (while kill -USR1 "$launcher"; do sleep 5; done) 2>/dev/null &
+  fi
+}
 trap pass_on USR1 TERM
+end() {
+  # The signal itself ends what does not listen to it yet, and so has nothing to save.
+  case "$told $1" in "1 10" | "1 138" | "1 15" | "1 143") set -- 75 ;; esac
+  # Back into the queue: what was told to end and has saved, and what is preempted
+  # but ended before Slurm ended it. Not what was cancelled, no longer RUNNING.
+  case "$1 $(scontrol -o show job "$SLURM_JOB_ID")" in
+    "0 "*) ;;
+    "75 "*JobState=RUNNING* | *JobState=RUNNING*PreemptTime=2*)
+      scontrol requeue "$SLURM_JOB_ID" ;;
+  esac
+  exit "$1"
+}
 
-module load gcc/13 || exit 3
-module load openmpi/5.0 || exit 3
+module load gcc/13 || end 3
+module load openmpi/5.0 || end 3
 export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"
 echo "hpctrain: job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}, on $SLURM_JOB_NODELIST"
 run=runs/digits/"slurm-$SLURM_JOB_ID"
+[ -z "$told" ] || end 75
 python -m hpctrain run jobs/digits.toml --restarts 3 --launcher "srun --mpi=pmix --kill-on-bad-exit=1" --run-dir "$run" --no-live &
 launcher=$!
 [ -z "$told" ] || pass_on
@@ -36,11 +55,4 @@ wait "$launcher"
 status=$?
 # srun may end with 0 although it could not start ranks.
 [ "$status" != 0 ] || grep -qs '"finished": true' "$run/run.json" || status=1
-# Back into the queue: what was told to end and has saved, and what is preempted but
-# ended before Slurm ended it. Not what was cancelled, which is no longer RUNNING.
-case "$status $(scontrol -o show job "$SLURM_JOB_ID")" in
-  "0 "*) ;;
-  "75 "*JobState=RUNNING* | *JobState=RUNNING*PreemptTime=2*)
-    scontrol requeue "$SLURM_JOB_ID" ;;
-esac
-exit "$status"
+end "$status"

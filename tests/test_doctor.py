@@ -106,7 +106,10 @@ def test_odd_versions_are_unfit_and_named() -> None:
 # ---------------------------------------------------------------------- the whole
 
 
-def test_world_of_one_is_fit_as_text(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+def test_world_of_one_is_fit_as_text(
+    world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor.shutil, "which", lambda _: None)
     assert doctor.run(world, as_json=False) == ExitCode.DONE
     *lines, last = capsys.readouterr().out.splitlines()
     assert last == "fit"
@@ -115,6 +118,17 @@ def test_world_of_one_is_fit_as_text(world: World, capsys: pytest.CaptureFixture
         *("launcher", "thread level", "versions", "binding"),
         *("torch threads", "links", "device buffers", "deaths"),
     ]
+
+
+def test_how_a_batch_job_would_start_ranks_is_told(
+    world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor.shutil, "which", lambda _: "/usr/bin/srun")
+    monkeypatch.setattr(doctor, "srun_types", lambda: ("pmi2", "pmix"))
+    doctor.run(world, as_json=False)
+    (line,) = (x for x in capsys.readouterr().out.splitlines() if x.startswith("Slurm"))
+    kind = "pmix" if "Open MPI" in world.library else "pmi2"
+    assert f"`srun --mpi={kind} --kill-on-bad-exit=1`" in line and "pmi2, pmix" in line
 
 
 def test_world_of_one_is_fit_as_json(capsys: pytest.CaptureFixture[str]) -> None:

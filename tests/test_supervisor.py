@@ -139,6 +139,31 @@ def test_gives_up_where_it_does_not_help(
     assert "no other follows: 3 launches ended at the same place" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("lost", ["runs/007", "runs/007/checkpoints"])
+@pytest.mark.parametrize("in_launch", [1, 2])
+def test_a_run_whose_checkpoints_vanish_does_not_begin_anew(
+    pretended: Pretended, capsys: pytest.CaptureFixture[str], lost: str, in_launch: int
+) -> None:
+    vanishes = f"[ $n != {in_launch} ] || {{ sleep {2.5 * supervisor.POLL_S * 10}; rm -r {lost}; }}"
+    assert pretended.run(f"{MAKES_RUN}{vanishes}; exit 1") == 1
+    assert len(pretended.given) == in_launch
+    told = capsys.readouterr().err
+    assert f"the checkpoint of step {in_launch} is gone" in told and "no other follows" in told
+
+
+def test_a_run_that_has_gone_back_to_an_older_checkpoint_goes_on(pretended: Pretended) -> None:
+    """As where the newest one was damaged: those that were passed over are removed."""
+    first, later = (f"runs/007/checkpoints/step-0000000{step}" for step in ("01", "50"))
+    goes_back = f"[ $n != 1 ] || cp -r {first} {later}; [ $n != 2 ] || rm -r {later}"
+    assert pretended.run(f"{MAKES_RUN}{goes_back}; [ $n = 3 ] || exit 1") == 0
+    assert len(pretended.given) == 3
+
+
+def test_logs_and_locks_that_are_none_do_no_harm(pretended: Pretended) -> None:
+    odd = "mkdir -p runs/007/logs/rank-00002.log; ln -sf nowhere runs/007/run.lock;"
+    assert pretended.run(f"{MAKES_RUN}{odd} [ $n = 2 ] || exit 1") == 0
+
+
 def test_a_launcher_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(JobError, match="cannot be started"):
         supervisor.run(
@@ -206,6 +231,27 @@ def test_what_it_is_told_it_passes_on_and_starts_nothing_more(
     process.send_signal(number)
     assert process.wait(20) == 1
     assert (tmp_path / "came").read_text().strip() == came
+
+
+@pytest.mark.parametrize(
+    ("environment", "end", "status"),
+    [
+        ("SLURM_JOB_ID=7", "kill -USR1 $$", 75),
+        ("SLURM_JOB_ID=7", "exit 143", 75),
+        ("SLURM_JOB_ID=7", "exit 10", 75),
+        ("SLURM_JOB_ID=7", "exit 137", 137),
+        ("A=b", "kill -USR1 $$", 138),
+    ],
+)
+def test_told_before_ranks_listen(tmp_path: Path, environment: str, end: str, status: int) -> None:
+    """Ranks that the signal ended have nothing to save: a batch job is queued again."""
+    script = f"trap 'trap - USR1; {end}' USR1; echo >ready; while :; do sleep 0.02; done"
+    process = subprocess.Popen([sys.executable, "-c", SUPERVISE, script, environment], cwd=tmp_path)
+    while not (tmp_path / "ready").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(20) == status
 
 
 def test_the_launcher_ends_with_its_supervisor(tmp_path: Path) -> None:

@@ -6,11 +6,15 @@ from dataclasses import dataclass
 
 from hpctrain.config import check, option
 
+MOST_GB = 1_000_000
 LAUNCHERS = ("auto", "srun", "mpirun")
 
 # These values stand in `#SBATCH` lines, where no shell quotes them: what could end a line, or begin
 # another option, is not allowed to begin with.
 _NAME = (r"[A-Za-z0-9_.,+/@:-]*", "letters, digits and _ . , + / @ : -")
+_FEATURES = (r"[A-Za-z0-9_.,+/@:&|\[\]()*-]*", "letters, digits and _ . , + / @ : - & | [ ] ( ) *")
+_OF_TYPE = "[A-Za-z0-9_.-]+:[0-9]+"
+_GPUS = (f"{_OF_TYPE}(,{_OF_TYPE})*", "a number, or one behind a type, as in a100:4")
 _MODULE = (r"[A-Za-z0-9_][A-Za-z0-9_.+/@:-]*", "letters, digits and, behind the first, . + / @ : -")
 _TIME = (r"|[0-9]+|([0-9]+-)?[0-9]+:[0-9]{2}:[0-9]{2}", "minutes, H:MM:SS or D-HH:MM:SS")
 _MEMORY = (r"|[0-9]+[KMGT]?", "a number of megabytes, or one with K, M, G or T")
@@ -30,8 +34,8 @@ class SubmitConfig:
     """Ranks on each node."""
     cpus_per_task: int = option(0, minimum=0)
     """Cores of each rank; 0 for what the cluster gives."""
-    gpus_per_node: int = option(0, minimum=0)
-    """GPUs of each node."""
+    gpus_per_node: int | str = option(0, minimum=0, pattern=_GPUS)
+    """GPUs of each node, of a type if need be."""
     memory: str = option("", pattern=_MEMORY)
     """Memory of each node; empty for what the cluster gives."""
     time: str = option("", pattern=_TIME)
@@ -42,8 +46,8 @@ class SubmitConfig:
     """Who pays."""
     qos: str = option("", pattern=_NAME)
     """Quality of service."""
-    constraint: str = option("", pattern=_NAME)
-    """Feature that nodes must have."""
+    constraint: str = option("", pattern=_FEATURES)
+    """Features that nodes must have."""
     array: str = option("", pattern=_ARRAY)
     """Numbers of a job array, each a run of its own; empty for a single job."""
     array_key: str = option("seed", pattern=_KEY)
@@ -64,7 +68,7 @@ class SubmitConfig:
     """Folder of packages that the job needs; nodes keep a copy, and take it where they have one."""
     cache: str = option("", pattern=_FOLDER)
     """Folder for such copies on each node's own disk; empty for /var/tmp/hpctrain-UID."""
-    cache_gb: float = option(20.0, above=0)
+    cache_gb: float = option(20.0, above=0, maximum=MOST_GB)
     """Most that it may hold, in 10^9 bytes; what was used longest ago goes first."""
 
     def __post_init__(self) -> None:

@@ -11,8 +11,9 @@ import os
 import stat
 import tarfile
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -20,6 +21,8 @@ from hpctrain.errors import HpctrainError, JobError
 
 CHUNK_BYTES = 1 << 20
 COMPILED = "__pycache__"
+
+REBUILD = "submit the job again, which makes the archive anew if it is damaged"
 
 Contents = Mapping[str, str]
 """By relative path, what is there: kind, mode, size and SHA-256 of a file, target of a link."""
@@ -46,7 +49,8 @@ def contents_of(folder: Path) -> dict[str, str]:
     """What is in a folder.
 
     Raises:
-        JobError: it is no folder, or something in it is neither file, folder nor a link inside it.
+        JobError: it is no folder, something in it is neither file, folder nor a link inside it, has
+            a name that not every node could write, or cannot be read.
     """
     if not folder.is_dir():
         raise JobError(
@@ -54,22 +58,36 @@ def contents_of(folder: Path) -> dict[str, str]:
             where=str(folder),
             fix="make one, with pip install --target DIR for example",
         )
-    paths = sorted(_walk(folder))
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return dict(
-            zip(
-                (path.relative_to(folder).as_posix() for path in paths),
-                pool.map(lambda path: _entry(folder, path), paths),
-                strict=True,
-            )
-        )
+    return _read(folder, _entry)
+
+
+def differences(folder: Path, contents: Contents) -> set[str]:
+    """Relative paths of what is there and not as recorded, or recorded and not there.
+
+    Raises:
+        JobError: a folder cannot be read.
+    """
+
+    def entry(folder: Path, path: Path) -> str:
+        try:
+            return _entry(folder, path)
+        except JobError as error:
+            return error.what  # as no entry is
+
+    found = _read(folder, entry)
+    return {path for path in {*found, *contents} if found.get(path) != contents.get(path)}
+
+
+def is_compiled(path: str) -> bool:
+    """Whether a relative path is one of the compiler's."""
+    return COMPILED in PurePosixPath(path).parts
 
 
 def digest_of(contents: Contents) -> str:
     """The hash by which nodes know a folder's content."""
     digest = hashlib.sha256()
     for path, entry in sorted(contents.items()):
-        if COMPILED not in PurePosixPath(path).parts:
+        if not is_compiled(path):
             digest.update(f"{entry} {path}\0".encode())
     return digest.hexdigest()
 
@@ -79,33 +97,48 @@ def size_of(contents: Contents) -> int:
     return sum(int(entry.split()[2]) for entry in contents.values() if entry[0] == "f")
 
 
-def pack(folder: Path, archive: Path) -> None:
-    """Put a folder into an archive, unless that is there."""
-    if archive.exists():
-        return
+def pack(folder: Path, archive: Path) -> bool:
+    """Put a folder into an archive, unless that is there and whole; whether it was needed.
+
+    The archive's own hash stands beside it.
+    """
+    beside = archive.with_name(f"{archive.name}.sha256")
+    with suppress(OSError):
+        if _sha256(archive) == beside.read_text():
+            return False
     archive.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=archive.parent, prefix=".partial-", delete=False) as side:
         try:
             with tarfile.open(fileobj=side, mode="w") as tar:
                 for path in sorted(_walk(folder)):
+                    # Else a file's second name becomes a link to the first, which nodes refuse.
+                    tar.inodes.clear()  # type: ignore[attr-defined]
                     tar.add(path, path.relative_to(folder).as_posix(), recursive=False)
             side.flush()
             os.fsync(side.fileno())
+            digest = _sha256(Path(side.name))
             os.replace(side.name, archive)
         except BaseException:
             os.unlink(side.name)
             raise
+    beside.write_text(digest)
+    return True
 
 
-def unpack(archive: Path, folder: Path) -> None:
+def unpack(archive: Path, folder: Path, source: Path | None = None) -> None:
     """Put what is in an archive into a new folder.
+
+    Args:
+        archive: what is read.
+        folder: to make.
+        source: what it is a copy of, for the message.
 
     Raises:
         DamagedError: it is no archive, or would write elsewhere.
     """
     folder.mkdir()
     try:
-        with tarfile.open(archive) as tar:
+        with tarfile.open(archive, "r:") as tar:
             # Newer Pythons look at members themselves as well, and want to be told so.
             tar.extraction_filter = getattr(tarfile, "data_filter", lambda member, _: member)
             for member in tar:
@@ -113,18 +146,59 @@ def unpack(archive: Path, folder: Path) -> None:
                 tar.extract(member, folder)
     except (tarfile.TarError, EOFError, ValueError) as error:
         raise DamagedError(
-            f"an archive of packages cannot be unpacked: {error}", where=str(archive)
+            f"an archive of packages cannot be unpacked: {error}",
+            where=str(source or archive),
+            fix=REBUILD,
         ) from error
 
 
+def _read(folder: Path, entry: Callable[[Path, Path], str]) -> dict[str, str]:
+    paths = sorted(_walk(folder))
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return dict(
+            zip(
+                (path.relative_to(folder).as_posix() for path in paths),
+                pool.map(lambda path: entry(folder, path), paths),
+                strict=True,
+            )
+        )
+
+
 def _walk(folder: Path) -> list[Path]:
+    def refuse(error: OSError) -> None:
+        raise _unreadable(error.filename, error) from None
+
     found: list[Path] = []
-    for root, folders, files in os.walk(folder):
+    for root, folders, files in os.walk(folder, onerror=refuse):
         found += [Path(root, name) for name in (*folders, *files)]
     return found
 
 
+def _unreadable(path: object, error: OSError) -> JobError:
+    return JobError(
+        f"submit.deps: cannot be read: {error.strerror}",
+        where=str(path),
+        fix="make it readable for you, or remove it from the folder",
+    )
+
+
 def _entry(folder: Path, path: Path) -> str:
+    try:
+        entry = _looked_at(folder, path)
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    try:
+        f"{entry}{path}".encode()
+    except UnicodeEncodeError:
+        raise JobError(
+            "submit.deps: a name, or what a link leads to, is not UTF-8",
+            where=str(path),
+            fix="rename it",
+        ) from None
+    return entry
+
+
+def _looked_at(folder: Path, path: Path) -> str:
     status = path.lstat()
     if stat.S_ISDIR(status.st_mode):
         return "d"
@@ -140,12 +214,16 @@ def _entry(folder: Path, path: Path) -> str:
         return f"l {target}"
     if not stat.S_ISREG(status.st_mode):
         raise JobError("submit.deps: neither a file nor a folder nor a link", where=str(path))
+    is_program = "x" if status.st_mode & stat.S_IXUSR else "-"
+    return f"f {is_program} {status.st_size} {_sha256(path)}"
+
+
+def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
-    is_program = "x" if status.st_mode & stat.S_IXUSR else "-"
-    return f"f {is_program} {status.st_size} {digest.hexdigest()}"
+    return digest.hexdigest()
 
 
 def _refuse_odd(member: tarfile.TarInfo) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from hpctrain.errors import HpctrainError, UnfitError
+from hpctrain.errors import HpctrainError, JobError, UnfitError
 from hpctrain.submit.config import SubmitConfig
 from hpctrain.submit.launcher import choose, srun_types
 from hpctrain.submit.packages import Packages, contents_of, digest_of, pack
@@ -112,6 +112,7 @@ def submit(submission: Submission) -> Queued:
     Raises:
         UnfitError: there is no Slurm here.
         RefusedError: Slurm does not take it, with what it says.
+        JobError: the packages cannot be read, or are being changed.
     """
     if shutil.which("sbatch") is None:
         raise UnfitError(
@@ -124,7 +125,7 @@ def submit(submission: Submission) -> Queued:
     try:
         script.parent.mkdir(parents=True, exist_ok=True)
         if submission.packages:
-            pack(Path(submission.config.deps), Path(submission.packages.archive))
+            _pack(Path(submission.config.deps), submission.packages)
         # Made here and by nobody else, who could change it before Slurm reads it.
         with open(script, "x", encoding="utf-8", opener=_private) as file:
             file.write(text)
@@ -157,6 +158,15 @@ def submit(submission: Submission) -> Queued:
     number = told.stdout.strip().partition(";")[0]
     log = str(log_of(submission)).replace("%j", number).replace("%A", number).replace("%a", "*")
     return Queued(number, script, Path(log))
+
+
+def _pack(folder: Path, packages: Packages) -> None:
+    archive = Path(packages.archive)
+    if pack(folder, archive) and digest_of(contents_of(folder)) != packages.digest:
+        archive.unlink()  # its name says that it holds something else
+        raise JobError(
+            "submit.deps: changed while it was packed", where=str(folder), fix="submit again"
+        )
 
 
 def _private(path: str, flags: int) -> int:

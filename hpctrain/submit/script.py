@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import re
 import shlex
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from hpctrain.errors import ExitCode, JobError
+from hpctrain.stop import broken_off
 from hpctrain.submit.cache import ENTRY
 from hpctrain.submit.config import SubmitConfig
 from hpctrain.submit.launcher import Launcher
 from hpctrain.submit.packages import Packages
 
 _AGAIN = int(ExitCode.REQUEUE)
+_UNFIT = int(ExitCode.UNFIT)
+TOLD_EVERY_S = 5
+"""How often a launcher is told to end, until it does."""
+_BROKEN_OFF = [f'"1 {status}"' for status in broken_off(signal.SIGUSR1, signal.SIGTERM)]
+"""Told, and a status of what a signal has ended."""
 _SAFE_PATH = r"[A-Za-z0-9_.+/@:,=~ -]+"
 
 
@@ -85,7 +92,7 @@ def _header(submission: Submission) -> Iterator[str]:
         "partition": config.partition,
         "account": config.account,
         "qos": config.qos,
-        "constraint": config.constraint,
+        "constraint": config.constraint and f'"{config.constraint}"',
         "array": config.array,
         "signal": f"B:USR1@{config.warning_s}",
     }
@@ -103,16 +110,9 @@ def _body(submission: Submission) -> Iterator[str]:
     yield _comment(f"Rendered by hpctrain submit {submission.job}")
     yield _comment(f"Launcher: {submission.launcher.reason}")
     yield _comment(f"If you submit it yourself, first: mkdir -p {_quoted(submission.runs)}")
-    yield from (
-        "",
-        f"# Slurm tells this shell ahead of the time limit; ranks save and end with {_AGAIN} then.",
-        "launcher= told=",
-        'pass_on() { told=1; [ -z "$launcher" ] || kill -USR1 "$launcher"; }',
-        "trap pass_on USR1 TERM",
-        "",
-    )
+    yield from ("", *_ending(config), "")
     for module in config.modules:
-        yield f"module load {_quoted(module)} || exit {int(ExitCode.UNFIT)}"
+        yield f"module load {_quoted(module)} || end {_UNFIT}"
     if config.cpus_per_task:
         yield 'export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"'
     yield (
@@ -123,6 +123,7 @@ def _body(submission: Submission) -> Iterator[str]:
         yield from _stage(submission, submission.packages)
     yield from (
         f"run={_quoted(submission.runs)}/{_run_name(config)}",
+        f'[ -z "$told" ] || end {_AGAIN}',
         f"{_command(submission)} &",
         "launcher=$!",
         '[ -z "$told" ] || pass_on',
@@ -132,18 +133,38 @@ def _body(submission: Submission) -> Iterator[str]:
         "status=$?",
         "# srun may end with 0 although it could not start ranks.",
         """[ "$status" != 0 ] || grep -qs '"finished": true' "$run/run.json" || status=1""",
+        'end "$status"',
+    )
+
+
+def _ending(config: SubmitConfig) -> Iterator[str]:
+    """Functions of the script: what it does when it is told to end, and how it ends."""
+    yield from (
+        f"# Slurm tells this shell ahead of the time limit; ranks save and end with {_AGAIN} then.",
+        "# A launcher loses what it is told before it has started ranks, and is told repeatedly.",
+        "launcher= told=",
+        "pass_on() {",
+        "  told=1",
+        '  if [ -n "$launcher" ]; then  # else `$!` would not be that of the launcher',
+        f'    (while kill -USR1 "$launcher"; do sleep {TOLD_EVERY_S}; done) 2>/dev/null &',
+        "  fi",
+        "}",
+        "trap pass_on USR1 TERM",
+        "end() {",
+        "  # The signal itself ends what does not listen to it yet, and so has nothing to save.",
+        f'  case "$told $1" in {" | ".join(_BROKEN_OFF)}) set -- {_AGAIN} ;; esac',
     )
     if config.requeue:
         yield from (
-            "# Back into the queue: what was told to end and has saved, and what is preempted but",
-            "# ended before Slurm ended it. Not what was cancelled, which is no longer RUNNING.",
-            'case "$status $(scontrol -o show job "$SLURM_JOB_ID")" in',
-            '  "0 "*) ;;',
-            f'  "{_AGAIN} "*JobState=RUNNING* | *JobState=RUNNING*PreemptTime=2*)',
-            '    scontrol requeue "$SLURM_JOB_ID" ;;',
-            "esac",
+            "  # Back into the queue: what was told to end and has saved, and what is preempted",
+            "  # but ended before Slurm ended it. Not what was cancelled, no longer RUNNING.",
+            '  case "$1 $(scontrol -o show job "$SLURM_JOB_ID")" in',
+            '    "0 "*) ;;',
+            f'    "{_AGAIN} "*JobState=RUNNING* | *JobState=RUNNING*PreemptTime=2*)',
+            '      scontrol requeue "$SLURM_JOB_ID" ;;',
+            "  esac",
         )
-    yield 'exit "$status"'
+    yield from ('  exit "$1"', "}")
 
 
 def _stage(submission: Submission, packages: Packages) -> Iterator[str]:
@@ -153,18 +174,18 @@ def _stage(submission: Submission, packages: Packages) -> Iterator[str]:
     yield from (
         "",
         "# Packages: each node takes the copy that it has; where one has none, all are sent it.",
-        f"cache={cache}",
+        f"cache={_quoted(cache)}",  # else the shell would see a home in /a:~me
         f"packages={digest}",
         "stage() {",
         '  srun --mpi=none --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" \\',
         f'    --ntasks-per-node=1 {python} -m hpctrain.submit.cache "$1" "$cache" '
         f'{config.cache_gb:g} "$packages" "${{@:2}}"',
         "}",
-        f"missing=$(stage check) || exit {int(ExitCode.UNFIT)}",
+        f"missing=$(stage check) || end {_UNFIT}",
         '[ -z "$missing" ] || {',
-        f'  sbcast --force {_quoted(packages.archive)} "$cache/.$SLURM_JOB_ID.tar" &&',
-        '    stage fill "$cache/.$SLURM_JOB_ID.tar"',
-        f"}} || exit {int(ExitCode.UNFIT)}",
+        f'  archive={_quoted(packages.archive)} sent="$cache/.$SLURM_JOB_ID.tar"',
+        '  sbcast --force "$archive" "$sent" && stage fill "$sent" "$archive"',
+        f"}} || end {_UNFIT}",
         f'export {ENTRY}="$cache/$packages"',
         f'export PYTHONPATH="${ENTRY}/files${{PYTHONPATH:+:$PYTHONPATH}}"',
         "",

@@ -625,16 +625,19 @@ class Trainer:
 
     def _resume(self) -> None:
         """Continue from the run's newest checkpoint, if it has one."""
-        loaded = load_newest(self.control, self.run_folder.checkpoints, self._resumes_below)
+        parts = ("model", "exchange", "optimizer")
+        loaded = load_newest(
+            self.control, self.run_folder.checkpoints, parts, below=self._resumes_below
+        )
         if loaded is None:
             return
         state, manifest = loaded
         self.step_number = int(manifest["step"])
-        resume.restore_model(self.parts.model, state["model"])
-        resume.restore_optimizer(
-            self.optimizer, self.settings.optimizer, state["optimizer"], manifest.get("optimizer")
-        )
-        self._resume_exchange(state, int(manifest["ranks"]))
+        with resume.state_of_a_run():
+            resume.restore_model(self.parts.model, state["model"])
+            table, written_by = self.settings.optimizer, manifest.get("optimizer")
+            resume.restore_optimizer(self.optimizer, table, state["optimizer"], written_by)
+            self._resume_exchange(state, int(manifest["ranks"]))
         self.console.say(f"resumed at step {self.step_number}")
 
     def _resume_exchange(self, state: Mapping[str, Any], ranks: int) -> None:

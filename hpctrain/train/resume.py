@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from hpctrain.errors import JobError
+from hpctrain.errors import JobError, told
 from hpctrain.train.optimizer import build_optimizer
 
 
@@ -22,6 +23,22 @@ def restore_model(model: nn.Module, state: Mapping[str, Any]) -> None:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise _misfit("model", str(error)) from error
+
+
+@contextmanager
+def state_of_a_run() -> Iterator[None]:
+    """Tell in one line that what is restored inside is no state, however that shows.
+
+    Raises:
+        JobError: on this rank at least.
+    """
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise JobError(
+            f"the checkpoint holds something else than the state of a run: {told(error)}",
+            fix="choose another --run-dir, or restore this one from a copy",
+        ) from error
 
 
 def optimizer_name(table: Mapping[str, Any]) -> str:

@@ -24,7 +24,7 @@ from hpctrain.comm.channel import Channel
 from hpctrain.comm.collect import all_gather, broadcast
 from hpctrain.config import LONGEST_S, check, option
 from hpctrain.errors import ExitCode, HpctrainError, JobError, UnfitError
-from hpctrain.files import others_may_write, replace_text
+from hpctrain.files import anyone_may_write, others_may_write, replace_text
 from hpctrain.records import read_facts
 from hpctrain.train.checkpoint.manifest import step_of
 from hpctrain.train.checkpoint.store import complete_names
@@ -279,7 +279,9 @@ def _open_number(parent: Path, facts: Mapping[str, Any], fresh: bool) -> OpenedR
         if earlier and earlier.get("fingerprint") == facts.get("fingerprint"):
             if finished:
                 break
-            if others_may_write(run.path) and others_may_write(parent):
+            if anyone_may_write(run.path) or (
+                others_may_write(run.path) and others_may_write(parent)
+            ):
                 left = left or (
                     f"{run.path} is not continued, as other users may have written it; "
                     f"if you trust it: --run-dir {run.path}"

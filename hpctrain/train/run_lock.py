@@ -6,12 +6,17 @@ import errno
 import fcntl
 import os
 import socket
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
 from hpctrain.errors import shortened
 from hpctrain.files import open_in_place
+
+LOOK_S = 0.3
+"""How long one waits for those that only look who holds a lock."""
+POLL_S = 0.01
 
 
 class RunLock:
@@ -37,14 +42,11 @@ class RunLock:
             if not self._path.exists() or self._path.stat().st_uid == os.geteuid():
                 raise
             return "another user"
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                file.seek(0)
-                holder = shortened(file.read(1000).strip()) or "another process"
-                file.close()
-                return holder
+        given_up_s = time.monotonic() + LOOK_S
+        while not _locked(file, fcntl.LOCK_EX):
+            if time.monotonic() > given_up_s:  # whoever only looks has let go by then
+                return _holder_in(file)
+            time.sleep(POLL_S)
         self._file = file
         file.truncate(0)
         file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
@@ -64,10 +66,30 @@ class RunLock:
 
 
 def holder_of(path: Path) -> str | None:
-    """Who holds the lock at a path, or None."""
-    if not path.exists():
+    """Who holds the lock at a path, or None. Takes it from nobody, nor for long."""
+    try:
+        file = open_in_place(path, "a+")
+    except PermissionError:
+        return "another user" if path.stat().st_uid != os.geteuid() else None
+    except FileNotFoundError:
         return None
-    lock = RunLock(path)
-    holder = lock.take()
-    lock.release()
-    return holder
+    if not _locked(file, fcntl.LOCK_SH):
+        return _holder_in(file)
+    file.close()
+    return None
+
+
+def _locked(file: TextIO, kind: int) -> bool:
+    """Whether the lock was to be had at once, or this file system has none."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
+    return True
+
+
+def _holder_in(file: TextIO) -> str:
+    """What the holder has written; the file is closed."""
+    file.seek(0)
+    with file:
+        return shortened(file.read(1000).strip()) or "another process"

@@ -218,7 +218,7 @@ class SharedTrainer:
         self._names = [self._name(number) for number in range(len(shared.children))]
         rounds = -(-train.steps // settings.shared.round_steps)
         try:
-            loaded = load_newest(self._control, self.run_folder.checkpoints)
+            loaded = load_newest(self._control, self.run_folder.checkpoints, ("model", "exchange"))
             if loaded:
                 resume.restore_model(self.encoder, loaded[0]["model"])
         except BaseException:

@@ -5,12 +5,22 @@ from __future__ import annotations
 import io
 import os
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from hpctrain.errors import JobError
-from hpctrain.submit.packages import DamagedError, contents_of, digest_of, pack, size_of, unpack
+from hpctrain.submit.packages import (
+    DamagedError,
+    contents_of,
+    differences,
+    digest_of,
+    pack,
+    size_of,
+    unpack,
+)
 
 
 def make(folder: Path) -> Path:
@@ -38,7 +48,10 @@ def test_what_is_unpacked_is_what_was_packed(tmp_path: Path) -> None:
     assert size_of(contents) == sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) - 10
     source = tmp_path / "there" / "numbers" / "__init__.py"  # by whose time Python knows its own
     assert source.stat().st_mtime == (folder / "numbers" / "__init__.py").stat().st_mtime
-    assert [path.name for path in archive.parent.iterdir()] == ["x.tar"]
+    assert [path.name for path in sorted(archive.parent.iterdir())] == [
+        "x.tar",
+        "x.tar.sha256",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -80,6 +93,69 @@ def test_no_folder_and_links_that_lead_out(tmp_path: Path) -> None:
     os.mkfifo(folder / "pipe")
     with pytest.raises(JobError, match="neither a file"):
         contents_of(folder)
+
+
+def test_two_names_of_one_file(tmp_path: Path) -> None:
+    """Installers make such links; nodes refuse them in archives, so that there are none."""
+    folder = make(tmp_path / "deps")
+    os.link(folder / "bin" / "tool", folder / "bin" / "second")
+    pack(folder, tmp_path / "x.tar")
+    unpack(tmp_path / "x.tar", tmp_path / "there")
+    assert contents_of(tmp_path / "there") == contents_of(folder)
+
+
+@pytest.mark.parametrize("damage", [lambda _: b"", lambda text: text[:300] + b"\1" + text[301:]])
+def test_a_damaged_archive_is_made_anew(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+    folder, archive = make(tmp_path / "deps"), tmp_path / "x.tar"
+    assert pack(folder, archive)
+    assert not pack(folder, archive)
+    archive.write_bytes(damage(archive.read_bytes()))
+    assert pack(folder, archive)
+    unpack(archive, tmp_path / "there")
+
+
+def test_compressed_archives_are_none_of_ours(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w:gz"):
+        pass
+    with pytest.raises(DamagedError, match="cannot be unpacked"):
+        unpack(tmp_path / "x.tar", tmp_path / "there")
+
+
+def test_names_that_are_not_utf_8(tmp_path: Path) -> None:
+    folder = make(tmp_path / "deps")
+    (folder / os.fsdecode(b"\xff.py")).touch()
+    with pytest.raises(JobError, match=r"not UTF-8(.|\n)*udcff.py\n.*rename it"):
+        contents_of(folder)
+
+
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_what_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """As another user's; root reads it all."""
+    folder = make(tmp_path / "deps")
+    secret = folder / "numbers" / ("empty" if what == "file" else "")
+    owner, name = (Path, "open") if what == "file" else (os, "scandir")
+    real = getattr(owner, name)
+
+    def refuse(path: object, *arguments: Any) -> object:
+        if Path(str(path)) == secret:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *arguments)
+
+    monkeypatch.setattr(owner, name, refuse)
+    with pytest.raises(JobError, match=f"cannot be read: Permission denied(.|\n)*{secret}"):
+        contents_of(folder)
+
+
+def test_differences_from_what_was_recorded(tmp_path: Path) -> None:
+    folder = make(tmp_path / "deps")
+    recorded = contents_of(folder)
+    assert differences(folder, recorded) == set()
+    (folder / "none").rmdir()
+    (folder / "bin" / "tool").write_text("other")
+    os.mkfifo(folder / "pipe")
+    (folder / os.fsdecode(b"\xff")).touch()
+    odd = os.fsdecode(b"\xff")
+    assert differences(folder, recorded) == {"none", "bin/tool", "pipe", odd}
 
 
 def member(name: str, kind: bytes = tarfile.REGTYPE, target: str = "") -> tarfile.TarInfo:

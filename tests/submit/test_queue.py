@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from hpctrain.errors import UnfitError
+from hpctrain.errors import JobError, UnfitError
 from hpctrain.submit import queue
 from hpctrain.submit.config import SubmitConfig
 
@@ -62,6 +62,31 @@ def test_dry_run_shows_what_would_be_submitted(cluster: Launch) -> None:
     assert '--set model.width=3 --set "seed=$SLURM_ARRAY_TASK_ID"' in ended.out
     assert not (cluster.folder / "given").exists()
     assert not (cluster.folder / "runs").exists()
+
+
+def test_features_and_types_of_gpus(cluster: Launch) -> None:
+    ended = cluster(0, *SUBMIT, "-C", "a100|h100", "--gpus-per-node", "a100:4", "--dry-run")
+    assert ended.status == 0, ended.err
+    assert '#SBATCH --constraint="a100|h100"' in ended.out.splitlines()
+    assert "#SBATCH --gpus-per-node=a100:4" in ended.out.splitlines()
+
+
+def test_packages_that_change_while_they_are_packed(
+    cluster: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else an archive of others than its name says stays for ever."""
+    monkeypatch.chdir(cluster.folder)
+    monkeypatch.setenv("PATH", cluster.environment["PATH"])
+    deps = cluster.folder / "deps"
+    deps.mkdir()
+    config = SubmitConfig(launcher="mpirun", deps="deps")
+    made = queue.prepare("job", Path("digits.toml"), Path("runs"), (), config, "Open MPI")
+    (deps / "new.py").touch()
+    with pytest.raises(JobError, match="changed while it was packed"):
+        queue.submit(made)
+    assert not (cluster.folder / "given").exists()
+    (deps / "new.py").unlink()
+    assert queue.submit(made).number == "42"
 
 
 def test_key_of_an_array_must_be_one(cluster: Launch) -> None:

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import pytest
 
@@ -97,12 +98,14 @@ def ran(
     signal: str = "",
     state: str = RUNNING,
     finished: bool = True,
+    launcher: str = "",
 ) -> tuple[int, list[str]]:
     """Run a script with a launcher and an scontrol that write down how they were called."""
     tools = folder / "tools"
     tools.mkdir()
     calls = folder / "calls"
-    launcher = (
+    calls.touch()
+    launcher = launcher or (
         f"#!/bin/bash\nprintf '%s\\n' \"$@\" >>{calls}\n"
         f"trap 'echo told >>{calls}; exit {status}' USR1\n"
         + (f"kill -{signal} $PPID; while :; do sleep 0.01; done\n" if signal else f"exit {status}")
@@ -159,11 +162,56 @@ def test_ranks_are_told_to_end(tmp_path: Path, signal: str) -> None:
     assert calls[calls.index("told") :] == ["told", "scontrol requeue 17"]
 
 
+@pytest.mark.parametrize("signal", ["USR1", "TERM"])
+@pytest.mark.parametrize("restarts", [0, 2])
+def test_told_before_anything_is_started(tmp_path: Path, signal: str, restarts: int) -> None:
+    """Nothing is, and the job goes back into the queue."""
+    config = SubmitConfig(modules=["openmpi"], restarts=restarts)
+    script = f"module() {{ kill -{signal} $$; }}\n{render(submission(config))}"
+    assert ran(script, tmp_path, status=0) == (75, ["scontrol requeue 17"])
+
+
+@pytest.mark.parametrize("state", [RUNNING, CANCELLED])
+@pytest.mark.parametrize("signal", ["USR1", "TERM"])
+@pytest.mark.parametrize("end", ["kill -USR1 $$", "kill -TERM $$", "exit 138", "exit 10"])
+def test_told_before_ranks_listen(tmp_path: Path, state: str, signal: str, end: str) -> None:
+    """They are ended by it, have saved nothing that was not saved before, and are queued again."""
+    launcher = (
+        f"#!/bin/bash\ntrap 'trap - USR1; {end}' USR1\nkill -{signal} $PPID\n"
+        "while :; do sleep 0.01; done\n"
+    )
+    script = render(submission(SubmitConfig()))
+    ended, calls = ran(script, tmp_path, status=0, state=state, launcher=launcher)
+    assert ended == 75
+    assert ("scontrol requeue 17" in calls) == (state == RUNNING)
+
+
+def test_a_signal_of_its_own_is_a_failure(tmp_path: Path) -> None:
+    """Nobody told the job to end."""
+    script = render(submission(SubmitConfig()))
+    ended, calls = ran(script, tmp_path, status=0, launcher="#!/bin/sh\nkill -USR1 $$\n")
+    assert ended == 138
+    assert "scontrol requeue 17" not in calls
+
+
+def test_a_launcher_that_lost_what_it_was_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As before it has started ranks: it is told again."""
+    monkeypatch.setattr("hpctrain.submit.script.TOLD_EVERY_S", 0.1)
+    launcher = (
+        "#!/bin/bash\nn=0\ntrap 'let n++; [ $n != 3 ] || exit 75' USR1\nkill -USR1 $PPID\n"
+        "while :; do sleep 0.01; done\n"
+    )
+    script = render(submission(SubmitConfig()))
+    assert ran(script, tmp_path, status=0, launcher=launcher) == (75, ["scontrol requeue 17"])
+
+
 def test_ranks_that_fail_are_started_again() -> None:
     """By a process in the launcher's place, which is given it."""
     launcher = Launcher(("mpirun", "-n", "$SLURM_NTASKS"), "as asked for")
     text = render(submission(SubmitConfig(restarts=2), launcher))
-    (line,) = (line for line in text.splitlines() if line.endswith("&"))
+    (line,) = (line for line in text.splitlines() if line.endswith("--no-live &"))
     program, _, rest = line.partition(" --restarts ")
     assert program == "/home/me/venv/bin/python -m hpctrain run jobs/digits.toml"
     assert rest.startswith('2 --launcher "mpirun -n $SLURM_NTASKS" --set ')
@@ -194,6 +242,19 @@ def test_no_value_runs_a_command(tmp_path: Path) -> None:
     "values",
     [
         {"partition": "a b"},
+        {"partition": "a|b"},
+        {"constraint": 'a"'},
+        {"constraint": "a100 --wrap=reboot"},
+        {"constraint": "a`reboot`"},
+        {"constraint": "$(reboot)"},
+        {"constraint": "a\nreboot"},
+        {"constraint": "a;b"},
+        {"gpus_per_node": "a100"},
+        {"gpus_per_node": "a100:"},
+        {"gpus_per_node": "a100:4 --x"},
+        {"gpus_per_node": -1},
+        {"gpus_per_node": True},
+        {"cache_gb": 1e300},
         {"partition": "x\n#SBATCH --wrap=reboot"},
         {"account": "$(reboot)"},
         {"time": "tomorrow"},
@@ -210,6 +271,29 @@ def test_no_value_runs_a_command(tmp_path: Path) -> None:
 def test_values_that_could_mean_something_else_are_refused(values: dict[str, object]) -> None:
     with pytest.raises(JobError, match=re.escape(next(iter(values)))):
         SubmitConfig(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({"constraint": "a100|h100"}, '#SBATCH --constraint="a100|h100"'),
+        ({"constraint": "[(a&b)|c*2]"}, '#SBATCH --constraint="[(a&b)|c*2]"'),
+        ({"gpus_per_node": 4}, "#SBATCH --gpus-per-node=4"),
+        ({"gpus_per_node": "a100:4"}, "#SBATCH --gpus-per-node=a100:4"),
+        ({"gpus_per_node": "a100:2,h100:2"}, "#SBATCH --gpus-per-node=a100:2,h100:2"),
+    ],
+)
+def test_values_of_ordinary_slurm(values: dict[str, Any], line: str) -> None:
+    assert line in render(submission(SubmitConfig(**values))).splitlines()
+
+
+def test_a_home_in_the_name_of_the_cache_is_none(tmp_path: Path) -> None:
+    """The shell replaces ~ behind a colon as well, unless it is quoted."""
+    config = SubmitConfig(deps="deps", cache=f"{tmp_path}/a:~root/x")
+    script = render(dataclasses.replace(submission(config), packages=PACKAGES))
+    _, calls = ran(script, tmp_path, status=0)
+    assert f"{tmp_path}/a:~root/x" in calls
+    assert not any(":/root" in call for call in calls)
 
 
 @pytest.mark.parametrize("folder", ["/home/\n/x", '/home/"/x', "/home/$x", "/home/%j"])

@@ -441,6 +441,19 @@ def test_data_that_ends_early_is_told(world: World, shared_folder: Path) -> None
         next(made.batches.share(3).subsets)
 
 
+def test_checkpoint_that_holds_no_state_is_refused(
+    world: World, shared_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = trainer(world, shared_folder, settings())
+    made.step()
+    monkeypatch.setattr("hpctrain.train.loop.generator_state", lambda: {"torch": [1]})
+    made.save()
+    killed(made)
+    with pytest.raises(JobError, match="something else than the state of a run"):
+        trainer(world, shared_folder, settings())
+    world.comm.Barrier()
+
+
 def test_checkpoint_of_another_model_is_refused(world: World, shared_folder: Path) -> None:
     made = trainer(world, shared_folder, settings())
     made.step()

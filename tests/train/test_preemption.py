@@ -107,7 +107,10 @@ def test_whoever_is_told_all_save_and_go_on(
     # In the coded mode a rank that is late computes less, or nothing.
     tell = f"{when} {who} {int(signal.SIGUSR1)} {1 if mode == 'coded' else 5}"
     step = assert_saved(launch, launch(2, *RUN, *options, TELL=tell))
-    assert step in (5, 10) if when == "evaluation" else 1 <= step <= 5
+    if mode == "coded" and who:  # the root may be some steps further when it hears of it
+        assert 1 <= step <= 10
+    else:
+        assert step in (5, 10) if when == "evaluation" else 1 <= step <= 5
     again = launch(2, *RUN, *options)
     assert again.status == 0, again.err
     assert f"resumed at step {step}" in again.err + again.out

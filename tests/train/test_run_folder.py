@@ -278,6 +278,42 @@ def test_run_that_another_user_may_have_made_is_not_continued(
     new.release()
 
 
+def test_run_that_anyone_may_write_is_not_continued(channel: Channel, tmp_path: Path) -> None:
+    left = earlier(tmp_path / "001")
+    left.path.chmod(0o777)
+    new = open_run(channel, tmp_path, FACTS)
+    assert new.folder.path.name == "002"
+    assert "may have written it" in new.notes[0]
+    new.release()
+
+
+def test_who_only_looks_is_in_nobody_s_way(tmp_path: Path) -> None:
+    path = tmp_path / "run.lock"
+    RunLock(path).take()  # and lets go of it, with what it has written left behind
+    looker = subprocess.Popen(
+        [
+            *(sys.executable, "-c"),
+            "import pathlib, sys\n"
+            "from hpctrain.train.run_lock import holder_of\n"
+            "path = pathlib.Path(sys.argv[1])\n"
+            "print('ready', flush=True)\n"
+            "while True: holder_of(path)",
+            str(path),
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert looker.stdout and looker.stdout.readline() == "ready\n"
+        for _ in range(200):
+            lock = RunLock(path)
+            assert lock.take() is None
+            lock.release()
+    finally:
+        looker.kill()
+        looker.wait()
+
+
 def test_lock_that_is_a_link_is_not_followed(channel: Channel, tmp_path: Path) -> None:
     left = earlier(tmp_path / "001")
     (tmp_path / "precious").write_text("kept")

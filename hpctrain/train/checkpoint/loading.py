@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from hpctrain.comm.channel import Channel
 from hpctrain.comm.collect import all_gather, broadcast
+from hpctrain.errors import CheckpointError
 from hpctrain.train.checkpoint.format import UnreadableError, read_state
 from hpctrain.train.checkpoint.manifest import own_name, read_manifest, step_of
 from hpctrain.train.checkpoint.store import complete_names, tidy
@@ -16,7 +18,10 @@ _log = logging.getLogger("hpctrain")
 
 
 def load_newest(
-    channel: Channel, folder: Path, below: int | None = None
+    channel: Channel,
+    folder: Path,
+    parts: Collection[str] = (),
+    below: int | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]] | None:
     """Read the newest checkpoint that is intact on all ranks. Collective.
 
@@ -25,6 +30,7 @@ def load_newest(
     Args:
         channel: over all ranks that wrote it.
         folder: of all checkpoints.
+        parts: what it must have, each a table.
         below: only of earlier steps than this.
 
     Returns:
@@ -47,6 +53,8 @@ def load_newest(
             manifest = read_manifest(folder / name)
             own = own_name(channel.rank) if manifest["ranks"] == channel.size else None
             found = read_state(folder / name, manifest, own)
+            if mistake := mistake_in(found, parts):
+                raise CheckpointError(mistake)
         except Exception as error:
             failure = f"{type(error).__name__}: {error}"
         everyone = all_gather(channel, (failure, manifest), label="checkpoint read")
@@ -65,3 +73,19 @@ def load_newest(
             everywhere=True,
         )
     return None
+
+
+def mistake_in(state: Mapping[str, Any], parts: Collection[str]) -> str:
+    """What is wrong with files whose hashes are right, which anyone can make; empty if nothing."""
+    for part in parts:
+        if not isinstance(state.get(part), Mapping):
+            return f"it has no {part}, or something else in its place"
+    if not isinstance(state.get("own", {}), Mapping | None):
+        return "the state of a rank is none"
+    if "optimizer" in parts:
+        gathered, groups = (state["optimizer"].get(key) for key in ("state", "param_groups"))
+        if not isinstance(gathered, Mapping) or not isinstance(groups, list):
+            return "its optimizer has no state"
+        if not all(isinstance(each, Mapping) for each in gathered.values()):
+            return "the state of its optimizer is none"
+    return ""

@@ -91,6 +91,8 @@ def settle(folder: Path, saved: str, keep: int, gone_back_from: Collection[str])
     """
     try:
         side = folder / f".{LATEST}.partial"
+        if side.is_dir() and not side.is_symlink():
+            shutil.rmtree(side)
         _write(side, f"{saved}\n")
         side.rename(folder / LATEST)
         _sync_folder(folder)

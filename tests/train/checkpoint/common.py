@@ -44,7 +44,7 @@ def save(channel: Channel, folder: Path, step: int, keep: int = 5) -> Path:
 
 def loaded_step(channel: Channel, folder: Path) -> int | None:
     """The step whose state is loaded; all of its parts must be of that step and rank."""
-    loaded = load_newest(channel, folder)
+    loaded = load_newest(channel, folder, ("model", "exchange"))
     if loaded is None:
         return None
     state, manifest = loaded

@@ -137,6 +137,21 @@ def no_tensors_but_right_hash(folder: Path) -> None:
         sign(folder, files=files_of(folder) | {file: made.close()})
 
 
+def holds(file: str, value: Any) -> Damage:
+    """A file that is whole and holds something else."""
+
+    def damage(folder: Path) -> None:
+        sign(folder, files=files_of(folder) | {file: format.write_object(folder / file, value)})
+
+    damage.__name__ = f"{value!r:.20} in {file}"
+    return damage
+
+
+def without_exchange(folder: Path) -> None:
+    (folder / "exchange.pt").unlink()
+    sign(folder, files={k: v for k, v in files_of(folder).items() if k != "exchange.pt"})
+
+
 def manifest_says(text: bytes) -> Damage:
     def damage(folder: Path) -> None:
         (folder / MANIFEST).write_bytes(text)
@@ -176,7 +191,8 @@ def with_size(size: Any) -> Damage:
 DAMAGES: list[Damage] = [
     *(truncate, empty_own, remove_model, remove_own, other_format, one_flipped_digit),
     *(swap_entries, swap_files, link_to_elsewhere, pipe, manifest_is_a_link, of_another_step),
-    *(rest_of_another_model, no_tensors_but_right_hash),
+    *(rest_of_another_model, no_tensors_but_right_hash, without_exchange),
+    *(holds("exchange.pt", [1]), holds("rank-00000.pt", [1])),
     *map(manifest_says, (b"", b'{"format"', b"\xff\x00", b"[]", b"null", b"{}", b"[" * 100_000)),
     *map(with_file, ("../exchange.pt", "/etc/passwd", "a\0.pt", "..", "sub/x.pt", ".x.pt", "")),
     *map(with_size, (2**63, 10**400, -1, 0, 1.0, None, True, "9")),
@@ -201,6 +217,19 @@ def test_damaged_checkpoint_is_passed_over(
         assert loaded_step(alone(), folder) == 1
     (record,) = caplog.records
     assert "step-000000002 is damaged and passed over: rank 0: " in record.getMessage()
+
+
+@pytest.mark.parametrize(
+    "optimizer", [None, [1], {}, {"state": {}, "param_groups": 3}, {"state": {0: 5}}], ids=str
+)
+def test_optimizer_that_is_none_is_passed_over(tmp_path: Path, optimizer: Any) -> None:
+    for step, value in ((1, {"state": {0: {}}, "param_groups": []}), (2, optimizer)):
+        folder = save(alone(), tmp_path, step)
+        if value is not None:
+            made = format.write_object(folder / "optimizer.pt", value)
+            sign(folder, files=files_of(folder) | {"optimizer.pt": made})
+    loaded = load_newest(alone(), tmp_path, ("model", "exchange", "optimizer"))
+    assert loaded and loaded[1]["step"] == 1
 
 
 def test_without_a_manifest_it_is_no_checkpoint(tmp_path: Path) -> None:

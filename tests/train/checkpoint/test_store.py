@@ -36,6 +36,13 @@ def test_names_are_ordered_by_step_also_beyond_nine_digits(tmp_path: Path) -> No
     assert loaded_step(alone(), tmp_path) == 1_000_000_000
 
 
+def test_what_lies_in_the_way_of_latest_is_cleared_away(tmp_path: Path) -> None:
+    (tmp_path / f".{LATEST}.partial").mkdir()
+    for step in (1, 2, 3):
+        save(alone(), tmp_path, step, keep=1)
+    assert left_in(tmp_path) == {LATEST, name_of(3)}
+
+
 def test_same_step_again_replaces_the_first(tmp_path: Path) -> None:
     save(alone(), tmp_path, 5)
     before = (tmp_path / name_of(5) / MANIFEST).stat().st_ino
