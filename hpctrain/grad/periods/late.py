@@ -128,6 +128,18 @@ class LateGradients:
         """Elements of what is told: the gradient, and behind it one flag a parameter."""
         return _gradient_end(parameters) + len(parameters)
 
+    @staticmethod
+    def slots(method: Method) -> int:
+        """Iterations whose gradients are held at a time, to be told or on the wire."""
+        return max(1, method.pull_lag) + (method.merge == "compensate")
+
+    @staticmethod
+    def copies(method: Method) -> int:
+        """Copies of all parameters, or of a rank's own gradients, that are held besides."""
+        if method.pull_lag == 0 or method.merge == "late":
+            return 0
+        return method.pull_lag + (2 if method.merge == "compensate" else 1)
+
     def capture(self, out: torch.Tensor) -> None:
         """Write what is to be told, and go ahead with a local step if the method has one.
 

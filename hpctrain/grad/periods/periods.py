@@ -249,7 +249,7 @@ class Periods:
             chunk_bytes=exchange.chunk_bytes,
         )
         if method.sends == "gradients":
-            counts = [LateGradients.count(self._parameters)] * max(1, method.pull_lag)
+            counts = [LateGradients.count(self._parameters)] * LateGradients.slots(method)
         else:
             counts = [elements_of(part) for part in self._fragments]
         made: list[Averager] = []
@@ -287,10 +287,9 @@ class Periods:
         none = [[p.detach().to("meta") for p in part] for part in self._fragments]
         if method.sends == "gradients":
             (whole,) = none
-            slots = max(1, method.pull_lag)
-            wide = dtype_of(whole).itemsize
-            copies = elements_of(whole) * wide * (method.pull_lag + 1) * (method.merge != "late")
-            return LateGradients.count(whole) * wide * slots + (copies if method.pull_lag else 0)
+            elements = LateGradients.count(whole) * LateGradients.slots(method)
+            elements += elements_of(whole) * LateGradients.copies(method)
+            return elements * dtype_of(whole).itemsize
         total = 0
         for part in none:
             changes = Changes(method, part, self.world.size)

@@ -79,14 +79,15 @@ class Schedule:
         """The acts in their order.
 
         What was captured a period ago is pulled before the next is captured, which would tell it
-        once more; but after it where all is replaced, which would lose what is to be captured.
+        once more; but after it where all is replaced, which would lose what is to be captured, or
+        where a gradient is kept with the parameters that it was computed at.
         """
         method = self.method
         capture, push = (Act.CAPTURE, 0), (Act.PUSH, method.push_lag)
         pull = (Act.PULL, method.pull_lag)
         if method.pull_lag == 0:
             return capture, push, pull
-        if method.merge == "replace":
+        if method.merge in ("replace", "compensate"):
             return capture, pull, push
         return pull, capture, push
 

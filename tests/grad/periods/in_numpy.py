@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -88,8 +89,9 @@ def trained(
     iterations: int,
     step: Callable[[Array, int], Array],
     mean: Mean = mean_in_rank_order,
+    number: int = 0,
 ) -> Fragment:
-    """A model of one fragment after so many iterations.
+    """One fragment of a model after so many iterations.
 
     Args:
         method: how.
@@ -98,18 +100,107 @@ def trained(
         iterations: how many.
         step: what a local step makes of the parameters of all ranks in an iteration.
         mean: over ranks.
+        number: which of the model's fragments it is, from 0.
     """
     fragment = Fragment(method, start, ranks, mean)
     sent: dict[int, Array] = {}
+    ahead = number * method.period // method.fragments
     for i in range(1, iterations + 1):
         fragment.x = step(fragment.x, i)
-        captures, pulls = i % method.period == 0, (i - method.pull_lag) % method.period == 0
-        pulls = pulls and i - method.pull_lag >= 1
+        came = i - method.pull_lag
+        captures, pulls = ((j + ahead) % method.period == 0 for j in (i, came))
+        pulls = pulls and came >= 1
         replaces = method.merge == "replace"
         if captures and (replaces or method.pull_lag == 0):
             sent[i] = fragment.capture()
         if pulls:
-            fragment.pull(mean(sent.pop(i - method.pull_lag)))
+            fragment.pull(mean(sent.pop(came)))
         if captures and not replaces and method.pull_lag > 0:
             sent[i] = fragment.capture()
     return fragment
+
+
+def trained_in_fragments(
+    method: Method,
+    starts: Sequence[Array],
+    ranks: int,
+    iterations: int,
+    step: Callable[[Array, int, slice], Array],
+    make_mean: Callable[[int], Mean],
+) -> Array:
+    """A whole model, one row a rank.
+
+    Args:
+        method: how.
+        starts: parameters of each fragment.
+        ranks: how many.
+        iterations: how many.
+        step: as of `trained`, told which elements of the model they are.
+        make_mean: over ranks, of so many elements.
+    """
+    ends = list(accumulate(len(start) for start in starts))
+    found = []
+    for number, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        cut = slice(end - len(start), end)
+        one = trained(
+            *(method, start, ranks, iterations),
+            lambda x, i, cut=cut: step(x, i, cut),
+            make_mean(len(start)),
+            number,
+        )
+        found.append(one.x)
+    return np.concatenate(found, axis=1)
+
+
+def trained_late(
+    method: Method,
+    start: Array,
+    ranks: int,
+    iterations: int,
+    gradient: Callable[[Array, int], Array],
+    rate: float,
+    momentum: float,
+    mean: Mean = mean_in_rank_order,
+) -> tuple[Array, Array]:
+    """A model whose ranks tell each other gradients, with plain SGD.
+
+    Args:
+        method: how.
+        start: its parameters.
+        ranks: how many.
+        iterations: how many.
+        gradient: of each rank at its parameters, in an iteration; one row a rank.
+        rate: the learning rate.
+        momentum: of SGD.
+        mean: over ranks.
+
+    Returns:
+        The parameters, one row a rank, and what all ranks agree on.
+    """
+    f, lag = np.float32, method.pull_lag
+
+    def moved(x: Array, buffer: Array | None, g: Array) -> tuple[Array, Array | None]:
+        if momentum:
+            buffer = g if buffer is None else buffer * f(momentum) + g
+            g = buffer
+        return x - g * f(rate), buffer
+
+    shared, held = start.copy(), None
+    x = np.stack([start] * ranks)
+    told: dict[int, Array] = {}
+    then: dict[int, Array] = {}
+    for i in range(1, iterations + 1):
+        told[i], then[i] = gradient(x, i), x
+        if i > lag:
+            g = mean(told[i - lag])
+            if method.merge == "compensate":
+                g = g + g * g * (x[0] - then[i - lag][0]) * f(method.compensation)
+            shared, held = moved(shared, held, g)
+        x = np.stack([shared] * ranks)
+        if method.merge == "correct":
+            for rank in range(ranks):
+                own, buffer = shared, held
+                for ahead in range(max(1, i - lag + 1), i + 1):
+                    own, buffer = moved(own, buffer, told[ahead][rank])
+                x[rank] = own
+    return x, shared

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
-from grad.periods.in_numpy import Array, Fragment, trained
+from grad.periods.in_numpy import (
+    Array,
+    Mean,
+    mean_in_rank_order,
+    trained,
+    trained_in_fragments,
+)
 from quantize_in_numpy import QuantizedMean
 
 from hpctrain.comm.quantize import QUANTIZERS
 from hpctrain.grad.periods.merging import Changes, compensate
 from hpctrain.grad.periods.method import PRESETS, Method, mistakes_of
-from hpctrain.grad.periods.schedule import Act, Schedule
+from hpctrain.grad.periods.schedule import Act, Schedule, fragments_of
 
 COUNT = 70
 STEPS = 40
@@ -30,54 +38,62 @@ def pulls(ranks: int) -> list[Array]:
     return [draw.standard_normal((ranks, COUNT)).astype(np.float32) for _ in range(STEPS + 1)]
 
 
-def in_torch(method: Method, ranks: int) -> list[torch.Tensor]:
+def in_torch(
+    method: Method, ranks: int, sizes: Sequence[int] = (40, 30), make: type[Changes] = Changes
+) -> list[torch.Tensor]:
     """The parameters of all ranks, each with its own `Changes`."""
     towards = pulls(ranks)
-    parts = (40, 30)
-    models = [[p.clone() for p in torch.from_numpy(start()).split(parts)] for _ in range(ranks)]
-    changes = [Changes(method, model, ranks) for model in models]
-    wire = QuantizedMean(COUNT, ranks, QUANTIZERS[method.wire].bits) if is_narrow(method) else None
-    captured = [torch.empty(COUNT) for _ in range(ranks)]
-    means: dict[int, torch.Tensor] = {}
+    models = [[p.clone() for p in torch.from_numpy(start()).split(sizes)] for _ in range(ranks)]
+    cuts = fragments_of(sizes, method.fragments)
+    changes = [[make(method, model[cut], ranks) for model in models] for cut in cuts]
+    means = [mean_of(method, ranks)(sum(sizes[cut])) for cut in cuts]
+    staged: dict[int, Array] = {}
+    came: dict[tuple[int, int], torch.Tensor] = {}
     for i in range(1, STEPS + 1):
         for model, towards_what in zip(models, towards[i], strict=True):
-            for p, to in zip(model, torch.from_numpy(towards_what).split(parts), strict=True):
+            for p, to in zip(model, torch.from_numpy(towards_what).split(sizes), strict=True):
                 p.add_((to - p) * 0.125)
         for action in Schedule(method).after(i):
+            place = action.fragment
             if action.act is Act.CAPTURE:
-                for each, buffer in zip(changes, captured, strict=True):
-                    each.capture(buffer)
-                rows = torch.stack(captured)
-                if wire:
-                    means[i] = torch.from_numpy(wire(rows.numpy()))
-                else:
-                    means[i] = sum(rows[1:], rows[0]) * (1 / ranks)
-            if action.act is Act.PULL:
-                mean = means.pop(action.of)
-                for each in changes:
+                rows = [torch.empty(sum(sizes[cuts[place]])) for _ in range(ranks)]
+                for each, row in zip(changes[place], rows, strict=True):
+                    each.capture(row)
+                staged[place] = torch.stack(rows).numpy()
+            elif action.act is Act.PUSH:
+                came[place, action.of] = torch.from_numpy(means[place](staged[place]))
+            else:
+                mean = came.pop((place, action.of))
+                for each in changes[place]:
                     each.pull(mean.clone())
     return [torch.cat(model) for model in models]
 
 
-def in_numpy(method: Method, ranks: int) -> Fragment:
+def in_numpy(method: Method, ranks: int, sizes: Sequence[int] = (40, 30)) -> Array:
     towards = pulls(ranks)
 
-    def step(x: Array, i: int) -> Array:
-        return x + (towards[i] - x) * np.float32(0.125)
+    def step(x: Array, i: int, cut: slice) -> Array:
+        return x + (towards[i][:, cut] - x) * np.float32(0.125)
 
-    if is_narrow(method):
-        mean = QuantizedMean(COUNT, ranks, QUANTIZERS[method.wire].bits)
-        return trained(method, start(), ranks, STEPS, step, mean)
-    return trained(method, start(), ranks, STEPS, step)
+    ends = np.cumsum([sum(sizes[cut]) for cut in fragments_of(sizes, method.fragments)])
+    starts = np.split(start(), ends[:-1])
+    return trained_in_fragments(method, starts, ranks, STEPS, step, mean_of(method, ranks))
+
+
+def mean_of(method: Method, ranks: int) -> Callable[[int], Mean]:
+    """Makes the mean over ranks of so many elements."""
+    if not is_narrow(method):
+        return lambda count: mean_in_rank_order
+    return lambda count: QuantizedMean(count, ranks, QUANTIZERS[method.wire].bits)
 
 
 def is_narrow(method: Method) -> bool:
     return method.wire in QUANTIZERS
 
 
-def assert_equal(method: Method, ranks: int) -> None:
-    expected = in_numpy(method, ranks)
-    for found, row in zip(in_torch(method, ranks), expected.x, strict=True):
+def assert_equal(method: Method, ranks: int, sizes: Sequence[int] = (40, 30)) -> None:
+    expected = in_numpy(method, ranks, sizes)
+    for found, row in zip(in_torch(method, ranks, sizes), expected, strict=True):
         if method.outer == "adam":  # whose square root is rounded by others
             np.testing.assert_allclose(found.numpy(), row, rtol=1e-4, atol=1e-5)
         else:
@@ -99,15 +115,23 @@ def test_presets(name: str, ranks: int, wire: str) -> None:
 @pytest.mark.parametrize("seed", range(200))
 def test_any_method(seed: int) -> None:
     draw = random.Random(seed)
+    assert_equal(drawn(draw), draw.randint(1, 4), shapes(draw))
+
+
+def drawn(draw: random.Random) -> Method:
+    """Any method with changes."""
     period = draw.randint(1, 9)
     merge = draw.choice(("correct", "replace", "mix", "eager"))
     outer = draw.choice(("sgd", "nesterov", "adam"))
+    pull_lag = period if merge == "eager" else draw.randint(0, period)
     method = Method(
         sends="changes",
         period=period,
-        pull_lag=period if merge == "eager" else draw.randint(0, period),
+        push_lag=draw.randint(0, max(0, pull_lag - 1)),
+        pull_lag=pull_lag,
         merge=merge,
         mix=draw.random() if merge == "mix" else 0.0,
+        fragments=draw.choice((1, 2, 3, 5)),
         outer=outer,
         outer_rate=draw.uniform(0.1, 1.0),
         outer_momentum=draw.uniform(0.1, 0.95) if outer != "sgd" or draw.random() < 0.5 else 0.0,
@@ -115,7 +139,45 @@ def test_any_method(seed: int) -> None:
         wire="same" if outer == "adam" else draw.choice(("same", *QUANTIZERS)),
     )
     assert not list(mistakes_of(method))
-    assert_equal(method, draw.randint(1, 4))
+    return method
+
+
+def shapes(draw: random.Random) -> list[int]:
+    """Sizes of the parameters of a model, some of which may have no elements."""
+    cuts = sorted(draw.randint(0, COUNT) for _ in range(draw.randint(0, 6)))
+    return [after - before for before, after in pairwise([0, *cuts, COUNT])]
+
+
+class Forgets(Changes):
+    """Loses the steps that were taken since the capture."""
+
+    def pull(self, mean: torch.Tensor) -> None:
+        super().pull(mean)
+        self.anchor.scatter(self._local)
+
+
+class CountsTwice(Changes):
+    """Its own change stays, besides the mean."""
+
+    def pull(self, mean: torch.Tensor) -> None:
+        before = torch.cat([p.flatten() for p in self._local])
+        super().pull(mean + (before - self.anchor.tensor))
+
+
+class HalfTheMean(Changes):
+    """Takes in half of what comes."""
+
+    def pull(self, mean: torch.Tensor) -> None:
+        super().pull(mean * 0.5)
+
+
+@pytest.mark.parametrize("wrong", [Forgets, CountsTwice, HalfTheMean])
+def test_wrong_merge_is_caught(wrong: type[Changes]) -> None:
+    method = Method(sends="changes", period=4, pull_lag=2, merge="correct", fragments=2)
+    expected = in_numpy(method, 3)
+    right = torch.stack(in_torch(method, 3)).numpy()
+    np.testing.assert_array_equal(right, expected)
+    assert not np.array_equal(torch.stack(in_torch(method, 3, make=wrong)).numpy(), expected)
 
 
 def test_average_of_parameters() -> None:

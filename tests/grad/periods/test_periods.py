@@ -6,27 +6,36 @@ import copy
 import dataclasses
 import random
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from grad.periods.in_numpy import trained
+from grad.periods.in_numpy import (
+    Mean,
+    mean_in_rank_order,
+    trained_in_fragments,
+    trained_late,
+)
 from quantize_in_numpy import QuantizedMean
 from torch import nn
 
 from hpctrain import DataParallel, ExchangeConfig, World
 from hpctrain.comm.collect import all_gather, barrier_on
 from hpctrain.comm.engine import engine_of
-from hpctrain.comm.quantize import QUANTIZERS
+from hpctrain.comm.quantize import GROUP, QUANTIZERS
 from hpctrain.errors import ExchangeError
+from hpctrain.grad.periods.late import LateGradients
 from hpctrain.grad.periods.method import PRESETS, Method, PeriodsConfig, mistakes_of
 from hpctrain.grad.periods.periods import Periods
+from hpctrain.grad.periods.schedule import fragments_of
 
 pytestmark = pytest.mark.mpi
 
 WIDTH = 5
 STEPS = 20
+RATE = 0.125
 ORDERED = ExchangeConfig(deterministic=True, progress="hooks")
 
 Optimizers = dict[str, Callable[[Any], torch.optim.Optimizer]]
@@ -216,6 +225,7 @@ def test_any_method_with_changes(world: World, seed: int) -> None:
         pull_lag=pull_lag,
         merge=merge,
         mix=draw.random() if merge == "mix" else 0.0,
+        fragments=draw.choice((1, 2, 4)),
         outer=draw.choice(("sgd", "nesterov")),
         outer_rate=0.7,
         outer_momentum=0.9,
@@ -226,32 +236,89 @@ def test_any_method_with_changes(world: World, seed: int) -> None:
     count = draw.choice((1, 64, 70, 300))
     start = numbers.standard_normal(count).astype(np.float32)
     towards = numbers.standard_normal((STEPS + 1, world.size, count)).astype(np.float32)
-    cut = draw.randint(0, count)
-    module = Quadratic(start, [cut, count - cut])
+    ends = sorted(draw.randint(0, count) for _ in range(3))
+    sizes = [after - before for before, after in pairwise([0, *ends, count])]
+    module = trained_towards(towards, start, sizes, method, world, torch.optim.SGD, lr=RATE)
+
+    def step(x: np.ndarray, i: int, cut: slice) -> np.ndarray:
+        return x - (x - towards[i][:, cut]) * np.float32(RATE)
+
+    cuts = fragments_of(sizes, method.fragments)
+    starts = np.split(start, np.cumsum([sum(sizes[cut]) for cut in cuts])[:-1])
+    expected = trained_in_fragments(
+        *(method, starts, world.size, STEPS, step), mean_of(method, world.size)
+    )
+    np.testing.assert_array_equal(torch.cat(parameters(module)).numpy(), expected[world.rank])
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_any_method_with_gradients(world: World, seed: int) -> None:
+    """As NumPy, with plain SGD."""
+    draw = random.Random(seed)
+    merge = draw.choice(("late", "correct", "compensate"))
+    pull_lag = draw.randint(1, 5)
+    method = Method(
+        push_lag=draw.randint(0, pull_lag - 1),
+        pull_lag=pull_lag,
+        merge=merge,
+        compensation=0.04 if merge == "compensate" else 0.0,
+        wire=draw.choice(("same", *QUANTIZERS)),
+    )
+    assert not list(mistakes_of(method))
+    numbers = np.random.default_rng(seed)
+    count, momentum = draw.choice((1, 64, 70, 300)), draw.choice((0.0, 0.5))
+    start = numbers.standard_normal(count).astype(np.float32)
+    towards = numbers.standard_normal((STEPS + 1, world.size, count)).astype(np.float32)
+    module = trained_towards(
+        *(towards, start, [count], method, world, torch.optim.SGD), lr=RATE, momentum=momentum
+    )
+    told = -(-count // GROUP) * GROUP + 1  # with a flag, behind whole groups
+    wires = [mean_of(method, world.size)(told) for _ in range(LateGradients.slots(method))]
+
+    def mean(rows: np.ndarray) -> np.ndarray:
+        wires.append(wires.pop(0))  # iterations take turns on as many as are on the wire
+        filled = np.zeros((world.size, told), np.float32)
+        filled[:, :count], filled[:, -1] = rows, 1.0
+        return wires[-1](filled)[:count]
+
+    every, _ = trained_late(
+        *(method, start, world.size, STEPS, lambda x, i: x - towards[i], RATE, momentum, mean)
+    )
+    found = torch.cat(parameters(module)).numpy()
+    np.testing.assert_array_equal(found, every[world.rank])
+
+
+def trained_towards(
+    towards: np.ndarray,
+    start: np.ndarray,
+    sizes: list[int],
+    method: Method,
+    world: World,
+    optimizer: type[torch.optim.Optimizer],
+    **values: float,
+) -> Quadratic:
+    """A model that each rank's data pull somewhere else in each iteration."""
+    module = Quadratic(start, sizes)
     periods = Periods(
         module,
-        torch.optim.SGD(module.parameters(), lr=0.125),
+        optimizer(module.parameters(), **values),  # type: ignore[call-arg]
         config_of(method),
         exchange=ExchangeConfig(deterministic=True),
         world=world,
     )
     for i in range(1, STEPS + 1):
         own = torch.from_numpy(towards[i, world.rank])
-        for p, to in zip(module.parameters(), own.split([cut, count - cut]), strict=True):
+        for p, to in zip(module.parameters(), own.split(sizes), strict=True):
             p.grad = p.detach() - to
         periods.step()
+    return module
 
-    def step(x: np.ndarray, i: int) -> np.ndarray:
-        return x - (x - towards[i]) * np.float32(0.125)
 
-    arguments = (method, start, world.size, STEPS, step)
-    if method.wire in QUANTIZERS and world.size > 1:
-        wire = QuantizedMean(count, world.size, QUANTIZERS[method.wire].bits)
-        result = trained(*arguments, wire)
-    else:
-        result = trained(*arguments)
-    found = torch.cat(parameters(module)).numpy()
-    np.testing.assert_array_equal(found, result.x[world.rank])
+def mean_of(method: Method, ranks: int) -> Callable[[int], Mean]:
+    """Makes the mean over ranks of so many elements."""
+    if method.wire not in QUANTIZERS or ranks == 1:
+        return lambda count: mean_in_rank_order
+    return lambda count: QuantizedMean(count, ranks, QUANTIZERS[method.wire].bits)
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -45,6 +45,24 @@ def test_every_fragment_is_exchanged_once_a_period(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(50))
+def test_every_parameter_is_exchanged_once_a_period(seed: int) -> None:
+    """Whatever shapes parameters have."""
+    method, draw = drawn(seed), random.Random(seed)
+    sizes = [draw.choice((0, 1, 7, 1000, 10**6)) for _ in range(draw.randint(0, 40))]
+    cuts = fragments_of(sizes, method.fragments)
+    parameters = range(len(sizes))
+    for period in range(1, 4):
+        counts = Counter(
+            parameter
+            for i in range(period * method.period + 1, (period + 1) * method.period + 1)
+            for action in Schedule(method).after(i)
+            if action.act is Act.PUSH
+            for parameter in parameters[cuts[action.fragment]]
+        )
+        assert counts == Counter(parameters)
+
+
+@pytest.mark.parametrize("seed", range(50))
 def test_a_fragment_is_pulled_before_it_is_pushed_again(seed: int) -> None:
     schedule = Schedule(drawn(seed))
     on_the_wire: dict[int, int] = {}
