@@ -1,30 +1,24 @@
-"""Gradients and parameters of other ranks that come late: how long a run takes, and how good it is.
+"""Gradients and parameters of other ranks that come late: how long steps take, what is sent.
 
 - `wall`: steps of a model that sleeps while it computes, as a GPU leaves the cores free, on two
   hosts with a link of 1 Gbit/s (cluster.py). Communication is what a bandwidth-optimal all-reduce
   of all gradients takes on the wire, measured by plain TCP; compute is as long, or a quarter.
-  `wall_over_sync` is over a synchronous step, one blocking all-reduce after backward;
-  `wall_over_overlapped` over this project's own, whose blocks are on the wire during backward.
-- `bytes`: of messages, as counted, over those of synchronous steps in float32.
-- `loss`: the main job on two ranks, after fewer steps: validation loss over that of synchronous
-  training, each with the learning rate that is best for it on the same grid, mean of seeds.
-- `sooner`: the main job on two hosts with links of 50 Mbit/s: when Streaming DiLoCo has the
-  validation loss that synchronous training has after so many seconds.
-
-The controls are the synchronous step, and torch's averaging of parameters once a period
-(torch.distributed.algorithms.model_averaging) on gloo.
+  `wall_over_sync` is over a synchronous step, one blocking all-reduce after backward, where
+  communication is as long as compute for methods that exchange in every iteration, and four times
+  as long for those that do so once in a period; `wall` has both for all. The controls: the
+  synchronous step, this project's own whose blocks are on the wire during backward
+  (`wall_over_overlapped`), torch's averaging of parameters once a period
+  (torch.distributed.algorithms.model_averaging) on gloo, and steps without any exchange.
+- `bytes`: of messages of a rank, as counted, below those of synchronous steps in float32; over what
+  they should be; and those that the kernel counts on the link over them.
+- `loss` and `sooner`: see periods_loss.py.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,40 +27,50 @@ import cluster
 import harness
 import torch
 from links import Bench, Stepper, Work
+from periods_loss import LOSS_AIMS, SOONER_AIM, loss_figures, sooner_figures
 
-HERE = Path(__file__).parent
-MAIN_JOB = HERE.parent / "jobs" / "stdlib_lm.toml"
-AIMS = {
-    "wall": {"one_late, compute 1": 0.60, "corrected, compute 0.25": 0.27},
-    "loss": {"od_sgd": 1.01, "corrected": 1.05, "diloco": 1.05, "streaming_diloco_int8": 1.03},
-    "bytes": {"diloco int8": 60.0, "diloco int4": 115.0},
-    "sooner": 4.0,
-}
+from hpctrain.comm.quantize import QUANTIZERS
 
-# ---------------------------------------------------------------- wall and bytes
-
-COMPUTE = (1.0, 0.25)
-"""Forward and backward, over the wire time."""
+WIRE_RATE = "1gbit"
+COMMUNICATIONS = (1.0, 4.0)
+"""Wire time over that of forward and backward."""
 PERIOD = 8
-SPREAD = {"period": PERIOD, "fragments": PERIOD}
+LONG_PERIOD = 16
+EVERY_STEP = ("one_late", "od_sgd", "dc_sgd")
+"""Methods that exchange gradients of every iteration."""
 ARMS: dict[str, dict[str, Any]] = {
-    "one_late": {"preset": "one_late"},
-    "od_sgd": {"preset": "od_sgd"},
+    **{name: {"preset": name} for name in EVERY_STEP},
     "local": {"preset": "local", "period": PERIOD},
-    "corrected": {"preset": "corrected", **SPREAD, "pull_lag": PERIOD},
+    "corrected": {
+        "preset": "corrected",
+        "period": PERIOD,
+        "pull_lag": PERIOD,
+        "fragments": PERIOD,
+    },
     "overlap_local": {"preset": "overlap_local", "period": PERIOD},
     "co2": {"preset": "co2", "period": PERIOD},
-    "diloco": {"preset": "diloco"},
-    "streaming_diloco": {"preset": "streaming_diloco"},
-    "streaming_diloco_int8": {"preset": "streaming_diloco", "wire": "int8"},
+    "diloco": {"preset": "diloco", "period": LONG_PERIOD},
+    "diloco_int8": {"preset": "diloco", "period": LONG_PERIOD, "wire": "int8"},
+    "diloco_int4": {"preset": "diloco", "period": LONG_PERIOD, "wire": "int4"},
+    "eager_diloco": {"preset": "eager_diloco", "period": LONG_PERIOD},
+    "streaming_diloco": {"preset": "streaming_diloco", "period": LONG_PERIOD},
+    "streaming_diloco_int8": {
+        "preset": "streaming_diloco",
+        "period": LONG_PERIOD,
+        "wire": "int8",
+    },
 }
-BYTES = {
-    f"diloco {wire}": {"preset": "diloco", "period": 16, "wire": wire} for wire in ("int8", "int4")
-}
-ROUNDS, QUICK_ROUNDS = 7, 3
-STEPS = 16
+QUICK_ARMS = ("one_late", "corrected", "diloco_int8", "diloco_int4")
+WALL_AIMS = {"one_late": 0.60, "corrected": 0.27, "overlap_local": 0.27, "co2": 0.27}
+BYTES_AIMS = {"diloco_int8": 60.0, "diloco_int4": 115.0}
+MOST_OVER_FORMULA = 0.01
+LAYERS, QUICK_LAYERS = 12, 4
+"""25 MB of float32; 8 MB for a quick look."""
+ROUNDS, QUICK_ROUNDS = 7, 2
+STEPS = LONG_PERIOD
 """Of a round: whole periods."""
-WIRE_RATE = "1gbit"
+
+# ---------------------------------------------------------------- worker, one process a rank
 
 
 class PeriodStepper:
@@ -117,15 +121,15 @@ class TorchAverage:
             self.averager.average_parameters(self.stepper.parameters)
 
 
-def measured(layers: int, rounds: int) -> dict[str, Any]:
-    """The worker's figures of `wall` and `bytes`."""
+def measured(layers: int, rounds: int, names: list[str]) -> dict[str, Any]:
+    """The worker's figures."""
     import hpctrain
 
     bench = Bench(layers, with_heat=False)
     rank, wire_s = bench.world.rank, bench.seconds(bench.wire)
     walls: dict[str, dict[str, list[float]]] = {}
-    for compute in COMPUTE:
-        work = bench.work("sleep", compute * wire_s)
+    for communication in COMMUNICATIONS:
+        work = bench.work("sleep", wire_s / communication)
         plain = work.model()
         wrapped = hpctrain.DataParallel(work.model())
         overlapped = Stepper(work, rank, wrapped)
@@ -135,182 +139,88 @@ def measured(layers: int, rounds: int) -> dict[str, Any]:
         arms: dict[str, Callable[[], object]] = {
             "sync": repeated(Stepper(work, rank, plain, bench.plain(plain))),
             "overlapped": repeated(overlapped),
-            "torch local": TorchAverage(work, rank),
-            "no exchange": repeated(Stepper(work, rank, work.model())),
+            "torch_local": TorchAverage(work, rank),
+            "no_exchange": repeated(Stepper(work, rank, work.model())),
         }
-        steppers = {name: PeriodStepper(work, rank, values) for name, values in ARMS.items()}
+        steppers = {name: PeriodStepper(work, rank, ARMS[name]) for name in names}
         times = harness.take_turns(
             {**arms, **steppers}, rounds, bench.together, bench.slowest, warm_up=1
         )
         for stepper in steppers.values():
             stepper.periods.finish()
-        walls[str(compute)] = {name: [s / STEPS for s in of] for name, of in times.items()}
+        walls[f"{communication:g}"] = {name: [s / STEPS for s in of] for name, of in times.items()}
     work = Work("sleep", layers)
-    sent = {"sync": sent_by_every_step(work, rank)}
-    for name, values in BYTES.items():
-        stepper = PeriodStepper(work, rank, values)
-        stepper()
-        stepper.periods.finish()
-        sent[name] = stepper.periods.sent_bytes
+    sent = {"sync": sent_by(bench, work, {"preset": "every_step"})}
+    sent |= {name: sent_by(bench, work, ARMS[name]) for name in names}
     everyones = bench.gather(sent)
     bench.close()
     return {"rank": rank, "wire_s": wire_s, "wall": walls, "sent": everyones}
 
 
-def sent_by_every_step(work: Work, rank: int) -> int:
-    stepper = PeriodStepper(work, rank, {"preset": "every_step"})
+def sent_by(bench: Bench, work: Work, values: Mapping[str, Any]) -> tuple[int, float, int]:
+    """Bytes of a rank in as many steps as are in a round: counted, by the formula, on the link."""
+    stepper = PeriodStepper(work, bench.world.rank, values)
+    method, ranks = stepper.periods.method, bench.world.size
+    elements = sum(p.numel() for p in stepper.model.parameters())
+    quantizer = QUANTIZERS.get(method.wire)
+    once = quantizer.nbytes(elements) if quantizer else 4 * elements
+    expected = 2 * (ranks - 1) / ranks * once * STEPS / method.period
+    bench.together()
+    before = on_the_link()
     stepper()
-    return stepper.periods.sent_bytes
+    stepper.periods.state_dict()  # waits for what is on the wire
+    bench.together()
+    return stepper.periods.sent_bytes, expected, on_the_link() - before
 
 
-def wall_figures(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Ratios of medians, by arm and compute."""
-    figures: dict[str, Any] = {"wall_over_sync": {}, "wall_over_overlapped": {}}
-    for compute, times in found["wall"].items():
-        medians = {name: statistics.median(of) for name, of in times.items()}
-        for name, value in medians.items():
-            key = f"{name}, compute {float(compute):g}"
-            figures["wall_over_sync"][key] = value / medians["sync"]
-            figures["wall_over_overlapped"][key] = value / medians["overlapped"]
-    sums = {name: sum(each[name] for each in found["sent"]) for name in found["sent"][0]}
-    figures["bytes_below_sync"] = {
-        name: sums["sync"] / value for name, value in sums.items() if name != "sync"
-    }
-    return figures
-
-
-# ---------------------------------------------------------------- loss
-
-LOSSES: dict[str, tuple[str, ...]] = {
-    "sync": (),
-    "od_sgd": ("preset='od_sgd'",),
-    "one_late": ("preset='one_late'",),
-    "corrected": ("preset='corrected'",),
-    "diloco": ("preset='diloco'",),
-    "streaming_diloco_int8": ("preset='streaming_diloco'", "wire='int8'"),
-}
-RATES = (2e-3, 4e-3, 8e-3)
-SEEDS = (1, 2, 3)
-LOSS_STEPS, QUICK_LOSS_STEPS = 400, 40
-
-
-def final_loss(arm: str, rate: float, seed: int, steps: int, folder: Path) -> float:
-    """Validation loss of the main job after so many steps on two ranks."""
-    run = folder / f"{arm}-{rate:g}-{seed}"
-    values = [f"train.steps={steps}", f"optimizer.lr={rate}", f"seed={seed}"]
-    values += ["run.report=false", "checkpoint.every=0", f"schedule.warmup={steps // 10}"]
-    if LOSSES[arm]:
-        values += ["exchange.mode='periods'", *(f"periods.{value}" for value in LOSSES[arm])]
-    train(run, values)
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    told = [each["validation"]["loss"] for each in map(json.loads, lines) if "validation" in each]
-    return float(told[-1])
-
-
-def train(run: Path, values: list[str]) -> None:
-    sets = [word for value in values for word in ("--set", value)]
-    mpiexec = Path(sys.executable).with_name("mpiexec")
-    words = [str(mpiexec), "-n", "2", sys.executable, "-m", "hpctrain", "run", str(MAIN_JOB)]
-    ended = subprocess.run(
-        [*words, "--run-dir", str(run), *sets],
-        env=os.environ | harness.RUNTIME | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if ended.returncode:
-        sys.exit(f"the main job ended with {ended.returncode}:\n{ended.stderr}")
-
-
-def loss_figures(quick: bool, folder: Path) -> dict[str, Any]:
-    """Each arm with its best rate, over synchronous training with its best."""
-    steps = QUICK_LOSS_STEPS if quick else LOSS_STEPS
-    arms = ["sync", "diloco"] if quick else list(LOSSES)
-    rates, seeds = (RATES[1:2], SEEDS[:1]) if quick else (RATES, SEEDS)
-    best, losses = {}, {}
-    for arm in arms:
-        tried = {rate: final_loss(arm, rate, seeds[0], steps, folder) for rate in rates}
-        best[arm] = min(tried, key=lambda rate: tried[rate])
-        losses[arm] = [tried[best[arm]]]
-        losses[arm] += [final_loss(arm, best[arm], seed, steps, folder) for seed in seeds[1:]]
-        sys.stderr.write(f"{arm}: rate {best[arm]:g}, losses {losses[arm]}\n")
-    means = {arm: statistics.mean(values) for arm, values in losses.items()}
-    return {
-        "loss_over_sync": {arm: mean / means["sync"] for arm, mean in means.items()},
-        "losses": losses,
-        "rates": best,
-    }
-
-
-# ---------------------------------------------------------------- sooner
-
-SLOW_RATE = "50mbit"
-SYNC_S, QUICK_SYNC_S = 600.0, 30.0
-EVAL_EVERY = 50
-
-
-def sooner_figures(quick: bool, folder: Path) -> dict[str, Any]:
-    """How much sooner Streaming DiLoCo has the loss that synchronous training reaches in time."""
-    limit_s = QUICK_SYNC_S if quick else SYNC_S
-    common = [f"train.eval_every={5 if quick else EVAL_EVERY}", "train.steps=100000"]
-    common += ["run.report=false", "checkpoint.every=0", "schedule.name='constant'"]
-    sync = curve(folder / "sync", common, limit_s)
-    streaming = ["exchange.mode='periods'", "periods.preset='streaming_diloco'"]
-    streaming += ["periods.wire='int8'", "periods.pull_lag=8"]
-    loss = min(loss for _, loss in sync)
-    ours = curve(folder / "streaming", [*common, *streaming], limit_s, until=loss)
-    reached_s = next((s for s, value in ours if value <= loss), float("inf"))
-    sync_s = next(s for s, value in sync if value <= loss)
-    return {"sooner": sync_s / reached_s, "loss": loss, "sync": sync, "streaming": ours}
-
-
-def curve(
-    run: Path, values: list[str], limit_s: float, until: float = 0.0
-) -> list[tuple[float, float]]:
-    """Seconds since the first step, and the validation loss then."""
-    sets = [word for value in values for word in ("--set", value)]
-    words = [sys.executable, "-m", "hpctrain", "run", str(MAIN_JOB), "--run-dir", str(run), *sets]
-    found: list[tuple[float, float]] = []
-    metrics, begun_s, seen = run / "metrics.jsonl", 0.0, 0
-    with cluster.Cluster(2, SLOW_RATE) as made:
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        process = made.start("head", [*made.launcher(1), *words], **quiet)
-        while process.poll() is None:
-            time.sleep(0.05)
-            if not begun_s and (run / "step").exists():
-                begun_s = time.monotonic()
-            lines = metrics.read_text().splitlines() if metrics.exists() else []
-            for line in lines[seen:]:
-                told = json.loads(line).get("validation")
-                if told:
-                    found.append((time.monotonic() - begun_s, told["loss"]))
-            seen = len(lines)
-            is_over = begun_s and time.monotonic() - begun_s > limit_s
-            if is_over or (found and found[-1][1] <= until):
-                process.kill()  # the job itself ends with the cluster
-                process.wait()
-    return found
+def on_the_link() -> int:
+    """Bytes that the kernel has sent from this host."""
+    lines = Path("/proc/net/dev").read_text().splitlines()
+    (line,) = (line for line in lines if line.strip().startswith(f"{cluster.LINK}:"))
+    return int(line.split(":")[1].split()[8])
 
 
 # ---------------------------------------------------------------- parent
 
 
+def wall_figures(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Ratios of medians, by communication and arm; what was sent, by arm."""
+    figures: dict[str, Any] = {"wall": {}, "wall_over_overlapped": {}}
+    for communication, times in found["wall"].items():
+        medians = {name: statistics.median(of) for name, of in times.items()}
+        for key, peer in (("wall", "sync"), ("wall_over_overlapped", "overlapped")):
+            figures[key][communication] = {n: m / medians[peer] for n, m in medians.items()}
+    few, much = (figures["wall"][f"{communication:g}"] for communication in COMMUNICATIONS)
+    sent = {name: [of_rank[name] for of_rank in found["sent"]] for name in found["sent"][0]}
+    most = {name: max(counted for counted, _, _ in of) for name, of in sent.items()}
+    names = [name for name in most if name != "sync"]
+    return figures | {
+        "wall_over_sync": {name: (few if name in EVERY_STEP else much)[name] for name in names},
+        "bytes_below_sync": {name: most["sync"] / most[name] for name in names},
+        "bytes_over_formula": {n: max(c / e for c, e, _ in of) for n, of in sent.items()},
+        "link_over_bytes": {n: max(on / c for c, _, on in of) for n, of in sent.items()},
+        "wire_s": found["wire_s"],
+    }
+
+
 def judged(figures: Mapping[str, Any]) -> list[str]:
     """Aims, and whether they are met."""
     lines = []
-    for name, key, is_least in (
-        ("wall", "wall_over_sync", False),
-        ("loss", "loss_over_sync", False),
-        ("bytes", "bytes_below_sync", True),
+    for key, aims, sign in (
+        ("wall_over_sync", WALL_AIMS, 1),
+        ("loss_over_sync", LOSS_AIMS, 1),
+        ("bytes_below_sync", BYTES_AIMS, -1),
     ):
-        for arm, aim in AIMS[name].items():  # type: ignore[attr-defined]
+        for arm, aim in aims.items():
             value = figures.get(key, {}).get(arm)
             if value is not None:
-                is_met = value >= aim if is_least else value <= aim
-                lines.append(_line(f"{key}, {arm}", value, aim, is_met))
+                lines.append(_line(f"{key}, {arm}", value, aim, sign * value <= sign * aim))
+    if over := figures.get("bytes_over_formula"):
+        off = max(abs(value - 1) for value in over.values())
+        lines.append(_line("bytes off the formula", off, MOST_OVER_FORMULA, off <= 0.01))
     if "sooner" in figures:
-        aim = float(AIMS["sooner"])  # type: ignore[arg-type]
-        lines.append(_line("sooner", figures["sooner"], aim, figures["sooner"] >= aim))
+        value = figures["sooner"]
+        lines.append(_line("sooner", value, SOONER_AIM, value >= SOONER_AIM))
     return lines
 
 
@@ -318,35 +228,51 @@ def _line(what: str, value: float, aim: float, is_met: bool) -> str:
     return f"{what}: {value:.3f}, aim {aim:g}: {'met' if is_met else 'MISSED'}"
 
 
+def rows_of(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A line for each arm: times over the synchronous step, bytes below it, loss over it."""
+    few, much = (figures["wall"][f"{communication:g}"] for communication in COMMUNICATIONS)
+    return [
+        {
+            "arm": name,
+            "communication 1": few[name],
+            "communication 4": much[name],
+            "bytes below": figures["bytes_below_sync"].get(name, ""),
+            "loss over": figures.get("loss_over_sync", {}).get(name, ""),
+        }
+        for name in few
+    ]
+
+
 def main() -> None:
     parser = harness.parser(__doc__)
     parser.add_argument("--only", nargs="+", choices=("wall", "loss", "sooner"))
+    parser.add_argument(
+        "--runs", metavar="FOLDER", help="keep the main job's runs here, and find them again"
+    )
     options = parser.parse_args()
     if options.worker:
-        layers, rounds = map(int, options.worker)
-        harness.tell(measured(layers, rounds))
+        layers, rounds, *names = options.worker
+        harness.tell(measured(int(layers), int(rounds), names))
         return
-    wanted = options.only or ("wall", "loss", "sooner")
-    folder = Path(tempfile.mkdtemp(prefix="periods-"))
+    wanted = options.only or (("wall", "loss") if options.quick else ("wall", "loss", "sooner"))
+    folder = Path(options.runs or tempfile.mkdtemp(prefix="periods-"))
     figures: dict[str, Any] = {}
     try:
         if "wall" in wanted:
             cluster.exit_if_unfit("periods")
-            sizes = (6, QUICK_ROUNDS) if options.quick else (12, ROUNDS)
+            sizes = (QUICK_LAYERS, QUICK_ROUNDS) if options.quick else (LAYERS, ROUNDS)
+            names = QUICK_ARMS if options.quick else ARMS
             with cluster.Cluster(2, WIRE_RATE) as made:
-                found = harness.launch(1, *map(str, sizes), on=made)
-            figures |= wall_figures(found) | {"wire_s": found["wire_s"]}
+                found = harness.launch(1, *map(str, sizes), *names, on=made)
+            figures |= wall_figures(found)
         if "loss" in wanted:
             figures |= loss_figures(options.quick, folder)
         if "sooner" in wanted:
             figures |= sooner_figures(options.quick, folder)
     finally:
-        shutil.rmtree(folder)
-    rows = [
-        {"arm": name, "over sync": value, "over overlapped": figures["wall_over_overlapped"][name]}
-        for name, value in figures.get("wall_over_sync", {}).items()
-    ]
-    table = [harness.table(rows)] if rows else []
+        if not options.runs:
+            shutil.rmtree(folder)
+    table = [harness.table(rows_of(figures))] if "wall" in figures else []
     harness.finish("\n".join([*table, *judged(figures)]), figures, options.save)
 
 

@@ -45,6 +45,7 @@ class PeriodsTrainer(Trainer):
         settings = self.settings
         self.model = self.parts.model
         self._votes: deque[Ticket] = deque()
+        self._last_factor: float | None = None
         self.periods = Periods(
             self.parts.model,
             self.optimizer,
@@ -91,10 +92,10 @@ class PeriodsTrainer(Trainer):
         norm = float(norm_of(gradients))
         self._norm = norm
         if math.isfinite(norm):
-            limit = self.settings.train.clip_norm
-            if limit is not None and norm > limit:
+            factor = self._clip_factor(norm, is_shared)
+            if factor < 1.0:
                 for gradient in gradients:
-                    gradient.mul_(limit / norm)
+                    gradient.mul_(factor)
             return True
         whose = "that of all ranks together" if is_shared else "its own"
         if self.settings.train.nonfinite == "skip":
@@ -108,6 +109,20 @@ class PeriodsTrainer(Trainer):
             "train.clip_norm, or train.nonfinite = 'skip'",
             everywhere=is_shared,
         )
+
+    def _clip_factor(self, norm: float, is_shared: bool) -> float:
+        """What a gradient is multiplied by.
+
+        A step that is taken back later stands for that on the gradient of all ranks, whose norm is
+        smaller than a rank's own: it is scaled as the last of those was.
+        """
+        limit = self.settings.train.clip_norm
+        factor = 1.0 if limit is None or norm <= limit else limit / norm
+        if is_shared:
+            self._last_factor = factor
+        elif self.periods.method.sends == "gradients" and self._last_factor is not None:
+            return self._last_factor
+        return factor
 
     @contextmanager
     def _as_of_all(self) -> Iterator[None]:
@@ -138,7 +153,11 @@ class PeriodsTrainer(Trainer):
         Raises:
             CheckpointError: on all ranks, when the one before could not be written.
         """
-        own = {"generators": generator_state(), "periods": self.periods.state_dict()}
+        own = {
+            "generators": generator_state(),
+            "periods": self.periods.state_dict(),
+            "clip_factor": self._last_factor,
+        }
         with self.periods.shared():
             self._write({}, own)
 
@@ -146,6 +165,7 @@ class PeriodsTrainer(Trainer):
         own = state["own"]
         if own:
             self.periods.load_state_dict(own["periods"])
+            self._last_factor = own["clip_factor"]
             restore_generators(own["generators"])
             return
         self.periods.begin_anew(self.step_number)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,9 +19,14 @@ if TYPE_CHECKING:
     from conftest import Ended, Launch
 
 pytestmark = [pytest.mark.launch, pytest.mark.any_mpi]
+SLOW = pytest.mark.slow
 
 ENCODER = """
+import os
+from pathlib import Path
 from torch import nn
+from hpctrain.launched import launched_rank
+Path(f"pid-{launched_rank(os.environ)}").write_text(str(os.getpid()))
 def encoder(width): return nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Dropout(0.1))
 """
 # A rank strikes itself at some step: STRIKE says whom, at which step and how.
@@ -74,14 +81,19 @@ def written(launch: Launch) -> None:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, torch.Tensor]]:
+def undisturbed_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from conftest import Launch
 
     launch = Launch(tmp_path_factory.mktemp("undisturbed"))
     written(launch)
     ended = launch(3, *RUN)
     assert ended.status == 0, ended.err
-    return all_parameters(launch.folder / "run")
+    return launch.folder / "run"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(undisturbed_run: Path) -> list[dict[str, torch.Tensor]]:
+    return all_parameters(undisturbed_run)
 
 
 def all_parameters(run: Path) -> list[dict[str, torch.Tensor]]:
@@ -97,10 +109,8 @@ def assert_ends_undisturbed(
         assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
-def test_rounds_are_recorded_by_child(job: Launch) -> None:
-    ended = job(3, *RUN)
-    assert ended.status == 0, ended.err
-    run = job.folder / "run"
+def test_rounds_are_recorded_by_child(undisturbed_run: Path) -> None:
+    run = undisturbed_run
     assert list(losses(run)) == [5, 10, 15, 20, 25, 30]
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     evaluated = [line for line in lines if "validation" in line]
@@ -141,7 +151,8 @@ def test_run_that_is_told_to_end_goes_on_with_the_same_bits(
     assert_ends_undisturbed(job, undisturbed, job(3, *RUN))
 
 
-@pytest.mark.parametrize("at", [3, pytest.param(11, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [3, 11])
 def test_killed_child_ends_the_run_which_goes_on_with_the_same_bits(
     job: Launch, undisturbed: list[dict[str, torch.Tensor]], at: int
 ) -> None:
@@ -170,6 +181,29 @@ def test_others_go_on_without_a_group_that_lost_a_rank(job: Launch, world: World
     assert "01-second (rank 3" in ended.err and "is left out" in ended.err
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(12))
+def test_ranks_killed_at_random_points(
+    job: Launch, undisturbed: list[dict[str, torch.Tensor]], seed: int
+) -> None:
+    """A child or the root, by another process, again and again until a launch is let be."""
+    draw = random.Random(seed)
+    metrics = job.folder / "run" / "metrics.jsonl"
+    for _ in range(3):
+        victim, lines = draw.choice((0, 0, 1, 2)), draw.randint(0, 5)
+        begun = metrics.read_text().count("\n") if metrics.exists() else 0
+        process = job.start(3, *RUN)
+        while process.poll() is None:
+            done = metrics.read_text().count("\n") if metrics.exists() else 0
+            if done - begun >= lines and (job.folder / "run" / "checkpoints").exists():
+                os.kill(int((job.folder / f"pid-{victim}").read_text()), signal.SIGKILL)
+                break
+        _, err = process.communicate()
+        assert process.returncode not in (2, 75), err
+    assert_ends_undisturbed(job, undisturbed, job(3, *RUN))
+
+
+@pytest.mark.slow
 def test_child_whose_gradients_are_not_finite_is_left_out(job: Launch) -> None:
     ended = job(3, *RUN, STRIKE="1 8 nan")
     assert ended.status == 0, ended.err
@@ -180,13 +214,17 @@ def test_child_whose_gradients_are_not_finite_is_left_out(job: Launch) -> None:
     ("key", "text"),
     [
         ("shared.tasks=[]", "shared.tasks: missing"),
-        ('shared.tasks=["third.py"]', "shared.tasks: there is no"),
+        pytest.param('shared.tasks=["third.py"]', "shared.tasks: there is no", marks=SLOW),
         ('shared.tasks=["encoder.py"]', "defines no head()"),
-        ('module="first.py"', "defines no encoder()"),
-        ("exchange.mode=allreduce", "shared: does nothing unless exchange.mode = 'shared'"),
+        pytest.param('module="first.py"', "defines no encoder()", marks=SLOW),
+        pytest.param(
+            "exchange.mode=allreduce",
+            "shared: does nothing unless exchange.mode = 'shared'",
+            marks=SLOW,
+        ),
         ("shared.rule=krum", "needs more children"),
-        ("shared.group=3", "needs a root and children"),
-        ("exchange.wire=bfloat16", None),
+        pytest.param("shared.group=3", "needs a root and children", marks=SLOW),
+        pytest.param("exchange.wire=bfloat16", None, marks=SLOW),
     ],
 )
 def test_job_that_cannot_be_is_refused(job: Launch, key: str, text: str | None) -> None:

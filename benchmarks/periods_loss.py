@@ -1,0 +1,165 @@
+"""How good the main job becomes where gradients and parameters come late; a part of periods.py.
+
+- `loss`: the main job as it is, on two ranks: validation loss over that of synchronous training,
+  each with the learning rate that is best for it on the same grid, mean of seeds.
+- `sooner`: the main job on two hosts with links of 50 Mbit/s and a constant learning rate: when
+  Streaming DiLoCo has the validation loss that synchronous training has after so many seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import cluster
+import harness
+
+MAIN_JOB = Path(__file__).parent.parent / "jobs" / "stdlib_lm.toml"
+
+LOSS_AIMS = {"od_sgd": 1.01, "corrected": 1.05, "diloco": 1.05, "streaming_diloco_int8": 1.03}
+SOONER_AIM = 4.0
+
+LOSS_ARMS: dict[str, tuple[str, ...]] = {
+    "sync": (),
+    "od_sgd": ("preset='od_sgd'",),
+    "corrected": ("preset='corrected'",),
+    "diloco": ("preset='diloco'",),
+    "streaming_diloco_int8": ("preset='streaming_diloco'", "wire='int8'"),
+    "local": ("preset='local'",),
+    "overlap_local": ("preset='overlap_local'",),
+    "co2": ("preset='co2'",),
+    "one_late": ("preset='one_late'",),
+}
+QUICK_LOSS_ARMS = ("sync", "diloco")
+RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+SEEDS = (1, 2, 3)
+STEPS, QUICK_STEPS = 1100, 20
+"""As in the job file."""
+
+SLOW_RATE = "50mbit"
+SYNC_S, QUICK_SYNC_S = 600.0, 10.0
+SOONER_RATES = {"sync": 2e-3, "streaming": 2e-3}
+"""Learning rates: the best of each that `loss` finds."""
+
+# ---------------------------------------------------------------- loss
+
+
+def loss_figures(quick: bool, folder: Path) -> dict[str, Any]:
+    """Each arm with its best rate, over synchronous training with its best."""
+    steps = QUICK_STEPS if quick else STEPS
+    found: dict[str, Any] = {"losses": {}, "rates": {}, "tried": {}}
+    for arm in QUICK_LOSS_ARMS if quick else LOSS_ARMS:
+
+        def run(rate: float, seed: int = SEEDS[0], arm: str = arm) -> float:
+            return final_loss(arm, rate, seed, steps, folder)
+
+        tried = {RATES[2]: run(RATES[2])} if quick else downhill(run, RATES)
+        best = min(tried, key=lambda rate: tried[rate])
+        seeds = () if quick else SEEDS[1:]
+        losses = [tried[best], *(run(best, seed) for seed in seeds)]
+        sys.stderr.write(f"{arm}: tried {tried}, losses {losses}\n")
+        found["losses"][arm], found["rates"][arm] = losses, best
+        found["tried"][arm] = tried
+    means = {arm: statistics.mean(losses) for arm, losses in found["losses"].items()}
+    return {"loss_over_sync": {arm: mean / means["sync"] for arm, mean in means.items()}, **found}
+
+
+def downhill(run: Callable[[float], float], rates: Sequence[float]) -> dict[float, float]:
+    """What was found at rates of a grid, among which is the best: both its neighbours are worse."""
+    place = len(rates) // 2
+    tried: dict[float, float] = {}
+    while True:
+        near = rates[max(0, place - 1) : place + 2]
+        for rate in near:
+            if rate not in tried:
+                tried[rate] = run(rate)
+        best = min(near, key=lambda rate: tried[rate])
+        if best == rates[place]:
+            return tried
+        place = rates.index(best)
+
+
+def final_loss(arm: str, rate: float, seed: int, steps: int, folder: Path) -> float:
+    """Validation loss of the main job after so many steps on two ranks."""
+    run = folder / f"{arm}-{rate:g}-{seed}-{steps}"
+    values = [f"optimizer.lr={rate}", f"seed={seed}", "run.report=false", "checkpoint.every=0"]
+    if steps != STEPS:
+        values += [f"train.steps={steps}", f"schedule.warmup={steps // 10}"]
+    if LOSS_ARMS[arm]:
+        values += ["exchange.mode='periods'", *(f"periods.{each}" for each in LOSS_ARMS[arm])]
+    if steps not in dict(validations(run)):
+        train(run, values)
+    return dict(validations(run))[steps]
+
+
+def validations(run: Path) -> list[tuple[int, float]]:
+    """Steps and losses of a run's evaluations."""
+    metrics = run / "metrics.jsonl"
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    told = [line for line in map(json.loads, lines) if "validation" in line]
+    return [(int(line["step"]), float(line["validation"]["loss"])) for line in told]
+
+
+def train(run: Path, values: list[str]) -> None:
+    """Train the main job on two ranks of this machine."""
+    sets = [word for value in values for word in ("--set", value)]
+    mpiexec = Path(sys.executable).with_name("mpiexec")
+    words = [str(mpiexec), "-n", "2", sys.executable, "-m", "hpctrain", "run", str(MAIN_JOB)]
+    ended = subprocess.run(
+        [*words, "--run-dir", str(run), *sets],
+        env=os.environ | harness.RUNTIME | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if ended.returncode:
+        sys.exit(f"the main job ended with {ended.returncode}:\n{ended.stderr}")
+
+
+# ---------------------------------------------------------------- sooner
+
+
+def sooner_figures(quick: bool, folder: Path) -> dict[str, Any]:
+    """How much sooner Streaming DiLoCo has the loss that synchronous training reaches in time."""
+    limit_s = QUICK_SYNC_S if quick else SYNC_S
+    common = ["train.steps=100000", "run.report=false", "checkpoint.every=0"]
+    common += ["schedule.name='constant'", "train.eval_every=" + ("5" if quick else "50")]
+    sync = curve(folder / "sync", [*common, f"optimizer.lr={SOONER_RATES['sync']}"], limit_s)
+    streaming = ["exchange.mode='periods'", "periods.preset='streaming_diloco'"]
+    streaming += ["periods.wire='int8'", f"optimizer.lr={SOONER_RATES['streaming']}"]
+    loss = min(loss for _, loss in sync)
+    ours = curve(folder / "streaming", [*common, *streaming], limit_s, until=loss)
+    reached_s = next((s for s, value in ours if value <= loss), float("inf"))
+    sync_s = next(s for s, value in sync if value <= loss)
+    return {"sooner": sync_s / reached_s, "loss": loss, "sync": sync, "streaming": ours}
+
+
+def curve(
+    run: Path, values: list[str], limit_s: float, until: float = 0.0
+) -> list[tuple[float, float]]:
+    """Seconds since the first step, and the validation loss then."""
+    sets = [word for value in values for word in ("--set", value)]
+    words = [sys.executable, "-m", "hpctrain", "run", str(MAIN_JOB), "--run-dir", str(run), *sets]
+    found: list[tuple[float, float]] = []
+    begun_s = 0.0
+    with cluster.Cluster(2, SLOW_RATE) as made:
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        process = made.start("head", [*made.launcher(1), *words], **quiet)
+        while process.poll() is None:
+            time.sleep(0.05)
+            if not begun_s and (run / "step").exists():
+                begun_s = time.monotonic()
+            now_s = time.monotonic()
+            found += [(now_s - begun_s, loss) for _, loss in validations(run)[len(found) :]]
+            is_over = begun_s and now_s - begun_s > limit_s
+            if is_over or (found and found[-1][1] <= until):
+                process.kill()  # the job itself ends with the cluster
+                process.wait()
+    return found
