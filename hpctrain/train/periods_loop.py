@@ -60,7 +60,7 @@ class PeriodsTrainer(Trainer):
     # ------------------------------------------------------------------ parts of a step
 
     def _multiple(self, share: Share) -> float:
-        if self.periods.method.sends == "gradients":
+        if self.periods.method.sends == "gradients" or self.periods.is_warming_up:
             return self.world.size
         return share.total / share.samples  # this rank's step is on the mean over its own samples
 

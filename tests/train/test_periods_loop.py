@@ -42,8 +42,9 @@ def make(world: World, shared_folder: Path) -> Make:
             *(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 1))
         )
         mode = "periods" if preset else "allreduce"
-        name, _, wire = preset.partition(" ")
-        periods = PeriodsConfig(preset=name or "every_step", wire=wire or None)
+        words = preset.split()
+        name, wire, warmup = [*words, *("every_step", "same", "0")[len(words) :]]
+        periods = PeriodsConfig(preset=name, wire=wire, warmup=int(warmup))
         train = {"steps": STEPS, "batch": 16, "micro_batch": 3, "eval_every": 5, **values}
         settings = Settings(
             train=TrainConfig(**train),
@@ -85,6 +86,10 @@ def test_without_a_lag_bits_are_those_of_the_other_mode(make: Make) -> None:
     assert_same(finish(make("periods", "every_step")), finish(make("plain")))
 
 
+def test_warm_up_has_the_bits_of_the_other_mode(make: Make) -> None:
+    assert_same(finish(make("periods", f"diloco same {STEPS}")), finish(make("plain")))
+
+
 def test_clipping_is_that_of_the_other_mode(make: Make) -> None:
     """But for how a norm is rounded; a bias before batch norm has nothing but roundings."""
     expected = finish(make("plain", clip_norm=0.1))
@@ -93,7 +98,9 @@ def test_clipping_is_that_of_the_other_mode(make: Make) -> None:
             torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("preset", [*PRESETS, "streaming_diloco int4"])
+@pytest.mark.parametrize(
+    "preset", [*PRESETS, "streaming_diloco int4", "diloco same 15", "od_sgd same 5"]
+)
 def test_resumed_run_ends_with_the_bits_of_one_that_was_not_interrupted(
     make: Make, preset: str
 ) -> None:

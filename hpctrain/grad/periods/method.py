@@ -36,6 +36,7 @@ class Method:
         outer_momentum: its momentum (or Adam's first decay).
         outer_clip: largest element of the momentum; 0 for no limit.
         wire: type of elements on the wire.
+        warmup: iterations at the beginning whose gradients are exchanged and waited for.
     """
 
     sends: str = "gradients"
@@ -51,6 +52,7 @@ class Method:
     outer_momentum: float = 0.0
     outer_clip: float = 0.0
     wire: str = "same"
+    warmup: int = 0
 
 
 PRESETS = {
@@ -59,7 +61,7 @@ PRESETS = {
     "od_sgd": Method(pull_lag=1),
     "dc_sgd": Method(pull_lag=1, merge="compensate", compensation=0.04),
     "local": Method(sends="changes", period=8, merge="replace"),
-    "corrected": Method(sends="changes", period=8, pull_lag=8),
+    "corrected": Method(sends="changes", period=8, pull_lag=2, fragments=8),
     "overlap_local": Method(
         sends="changes", period=8, pull_lag=8, merge="mix", mix=0.4, outer_momentum=0.7
     ),
@@ -148,6 +150,10 @@ class PeriodsConfig:
     wire: str | None = option(None, choices=WIRES)
     """Type of elements on the wire: the parameters' own, 16 bits, or integers of 8 or 4 bits with
     a scale for every 64, where what rounding loses is sent later (error feedback)."""
+    warmup: int | None = option(None, minimum=0, maximum=1 << 40)
+    """Iterations at the beginning that are as with mode = 'allreduce': a model that has just begun
+    moves too fast for late gradients and long periods (as in OD-SGD; post-local SGD, Lin et al.,
+    2020)."""
     memory_limit_mb: float = option(0.0, minimum=0)
     """Most memory (10^6 bytes) of a rank for copies of gradients and parameters; 0 for no limit."""
 

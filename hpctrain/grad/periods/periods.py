@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 from hpctrain.comm import reduce
+from hpctrain.comm.channel import Channel
 from hpctrain.comm.engine import engine_of
 from hpctrain.comm.memory import Slab
+from hpctrain.comm.quantize import QUANTIZERS
 from hpctrain.comm.reducer import ReduceOptions
 from hpctrain.errors import ExchangeError
 from hpctrain.grad import replicas
@@ -24,6 +26,7 @@ from hpctrain.grad.periods.late import Check, LateGradients, take_all
 from hpctrain.grad.periods.merging import Changes
 from hpctrain.grad.periods.method import PeriodsConfig
 from hpctrain.grad.periods.schedule import Act, Action, Schedule, fragments_of
+from hpctrain.grad.periods.together import Together
 from hpctrain.trace import now_s
 from hpctrain.world import World, join
 
@@ -75,7 +78,7 @@ class Periods:
         self.exchange = exchange = exchange or ExchangeConfig()
         self.method = method = config.method
         self.iteration = 0
-        self._pulls_from = 1
+        self._pulls_from = method.warmup + 1
         self.exposed_s = 0.0
         self._schedule = Schedule(method)
         self._parameters = [p for p in module.parameters() if p.requires_grad]
@@ -102,6 +105,9 @@ class Periods:
             ranks = self.world.size
             self._changes = [Changes(method, part, ranks) for part in self._fragments]
         self._number = next(_numbers)
+        self._together = self._make_together() if method.warmup else None
+        """Of the warm-up."""
+        self._warmup_bytes = 0
         self._averagers = self._make_averagers()
         self._staged = [
             torch.zeros_like(averager.tensor) if self._stages else averager.tensor
@@ -120,6 +126,9 @@ class Periods:
         """
         self.exposed_s = 0.0
         self.iteration += 1
+        if self.is_warming_up:
+            self._step_together()
+            return
         own = [p.grad for p in self._parameters if p.grad is not None]
         if self._late is None and self.check(own, False):
             self.optimizer.step()
@@ -129,22 +138,45 @@ class Periods:
                     self._act(action)
         self._engine.poll()
 
+    @property
+    def is_warming_up(self) -> bool:
+        """Whether the present iteration, or that which is next, belongs to the warm-up."""
+        return self._together is not None
+
+    def _step_together(self) -> None:
+        """A step on the gradient of all ranks in this iteration."""
+        assert self._together
+        with torch.no_grad():
+            self.exposed_s = self._together.step(self.iteration)
+        if self.iteration >= self.method.warmup:
+            self.begin_anew(self.iteration)
+
     def begin_anew(self, iteration: int) -> None:
         """Go on after so many iterations from the module's parameters, with nothing on the wire.
 
         All ranks must, and hold the same parameters.
         """
         self.iteration = iteration
+        self._pulls_from = max(iteration, self.method.warmup) + 1
         with torch.no_grad():
             for changes in self._changes:
                 changes.begin_anew()
-        self._pulls_from = iteration + 1
+        self._end_warmup()
+
+    def _end_warmup(self) -> None:
+        """Give up what only the warm-up needs, once it is over."""
+        if self._together and self.iteration >= self.method.warmup:
+            self._warmup_bytes = self._together.sent_bytes
+            self._together = None
 
     def finish(self) -> None:
         """The last iteration is done: wait for all that is on its way, and agree. Collective.
 
         Parameters are the same on all ranks afterwards.
         """
+        if self.is_warming_up:
+            self._average_buffers()
+            return
         with torch.no_grad():
             for action in self._schedule.in_flight(self.iteration):
                 if action.of < self._pulls_from:
@@ -173,7 +205,8 @@ class Periods:
                 own[0].gather(self._parameters)
                 for p, value in zip(self._parameters, before.values, strict=True):
                     p.copy_(value)
-            for part, changes in zip(self._fragments, self._changes, strict=False):
+            ahead = [] if self.is_warming_up else self._changes
+            for part, changes in zip(self._fragments, ahead, strict=False):
                 flat = Flat(part)
                 flat.gather(part)
                 own.append(flat)
@@ -191,8 +224,10 @@ class Periods:
     def summary(self) -> str:
         """What is exchanged when, in one line."""
         method = self.method
+        warmup = f"together for {method.warmup} iteration(s), then " if method.warmup else ""
         return (
-            f"{method.sends} of {method.period} iteration(s), taken in {method.pull_lag} later "
+            f"{warmup}{method.sends} of {method.period} iteration(s), "
+            f"taken in {method.pull_lag} later "
             f"({method.merge}), in {method.fragments} fragment(s), {method.wire} on the wire; "
             f"{self.held_bytes() / 1e6:.1f} MB of copies a rank"
         )
@@ -200,7 +235,8 @@ class Periods:
     @property
     def sent_bytes(self) -> int:
         """Of messages of this rank so far, but for those at the end; see `Reducer.sent_bytes`."""
-        return sum(averager.sent_bytes for averager in self._averagers)
+        warmup = self._together.sent_bytes if self._together else self._warmup_bytes
+        return warmup + sum(averager.sent_bytes for averager in self._averagers)
 
     # ------------------------------------------------------------------ parts
 
@@ -239,24 +275,40 @@ class Periods:
         replaced = method.merge == "replace" and method.pull_lag == method.period
         return method.sends == "changes" and (method.push_lag > 0 or replaced)
 
-    def _make_averagers(self) -> list[Averager]:
-        method, exchange = self.method, self.exchange
-        options = ReduceOptions(
+    def _options(self, wire: str) -> ReduceOptions:
+        exchange = self.exchange
+        return ReduceOptions(
             way=exchange.way,
-            wire=method.wire,
+            wire=wire,
             ordered=exchange.deterministic,
             in_flight_bytes=exchange.in_flight_bytes,
             chunk_bytes=exchange.chunk_bytes,
         )
+
+    def _channel(self, place: str) -> Channel:
+        channel = self._engine.channel(f"periods {self._number}, {place}")
+        weakref.finalize(self, channel.abandon)
+        return channel
+
+    def _make_together(self) -> Together:
+        wire = self.method.wire
+        return Together(
+            self._channel("warm-up"),
+            self._parameters,
+            self.optimizer,
+            self._options("same" if wire in QUANTIZERS else wire),
+            lambda *step: self.check(*step),
+        )
+
+    def _make_averagers(self) -> list[Averager]:
+        method, options = self.method, self._options(self.method.wire)
         if method.sends == "gradients":
             counts = [LateGradients.count(self._parameters)] * LateGradients.slots(method)
         else:
             counts = [elements_of(part) for part in self._fragments]
         made: list[Averager] = []
         for place, elements in enumerate(counts):
-            channel = self._engine.channel(f"periods {self._number}, {place}")
-            weakref.finalize(self, channel.abandon)
-            ways = made[0].ways if made else ()
+            channel, ways = self._channel(str(place)), made[0].ways if made else ()
             made.append(Averager(channel, elements, dtype_of(self._parameters), options, ways))
         return made
 
@@ -285,12 +337,15 @@ class Periods:
         """Memory for copies of gradients and parameters, on this rank."""
         method = self.method
         none = [[p.detach().to("meta") for p in part] for part in self._fragments]
+        total = 0
+        if method.warmup:
+            whole = [p for part in none for p in part]
+            total += LateGradients.count(whole) * dtype_of(whole).itemsize
         if method.sends == "gradients":
             (whole,) = none
             elements = LateGradients.count(whole) * LateGradients.slots(method)
             elements += elements_of(whole) * LateGradients.copies(method)
-            return elements * dtype_of(whole).itemsize
-        total = 0
+            return total + elements * dtype_of(whole).itemsize
         for part in none:
             changes = Changes(method, part, self.world.size)
             held = [changes.anchor.tensor, *changes.tensors().values(), *changes.scratch]
@@ -342,6 +397,7 @@ class Periods:
             )
         self.iteration = int(state["iteration"])
         self._pulls_from = int(state["pulls_from"])
+        self._end_warmup()
         self.optimizer.load_state_dict(state["optimizer"])
         kept = state["tensors"]
         with torch.no_grad():

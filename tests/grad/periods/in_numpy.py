@@ -90,6 +90,7 @@ def trained(
     step: Callable[[Array, int], Array],
     mean: Mean = mean_in_rank_order,
     number: int = 0,
+    together: Callable[[Array, int], Array] | None = None,
 ) -> Fragment:
     """One fragment of a model after so many iterations.
 
@@ -101,15 +102,20 @@ def trained(
         step: what a local step makes of the parameters of all ranks in an iteration.
         mean: over ranks.
         number: which of the model's fragments it is, from 0.
+        together: what a step on the gradient of all ranks makes of them, in the warm-up.
     """
     fragment = Fragment(method, start, ranks, mean)
     sent: dict[int, Array] = {}
     ahead = number * method.period // method.fragments
-    for i in range(1, iterations + 1):
+    for i in range(1, method.warmup + 1):
+        assert together
+        fragment.x = together(fragment.x, i)
+        fragment.z = fragment.x.copy()
+    for i in range(method.warmup + 1, iterations + 1):
         fragment.x = step(fragment.x, i)
         came = i - method.pull_lag
         captures, pulls = ((j + ahead) % method.period == 0 for j in (i, came))
-        pulls = pulls and came >= 1
+        pulls = pulls and came > method.warmup
         replaces = method.merge == "replace"
         if captures and (replaces or method.pull_lag == 0):
             sent[i] = fragment.capture()
@@ -127,6 +133,7 @@ def trained_in_fragments(
     iterations: int,
     step: Callable[[Array, int, slice], Array],
     make_mean: Callable[[int], Mean],
+    together: Callable[[Array, int, slice], Array] | None = None,
 ) -> Array:
     """A whole model, one row a rank.
 
@@ -137,6 +144,7 @@ def trained_in_fragments(
         iterations: how many.
         step: as of `trained`, told which elements of the model they are.
         make_mean: over ranks, of so many elements.
+        together: as of `trained`, told which elements of the model they are.
     """
     ends = list(accumulate(len(start) for start in starts))
     found = []
@@ -147,6 +155,7 @@ def trained_in_fragments(
             lambda x, i, cut=cut: step(x, i, cut),
             make_mean(len(start)),
             number,
+            together and (lambda x, i, cut=cut: together(x, i, cut)),
         )
         found.append(one.x)
     return np.concatenate(found, axis=1)
@@ -189,9 +198,12 @@ def trained_late(
     x = np.stack([start] * ranks)
     told: dict[int, Array] = {}
     then: dict[int, Array] = {}
-    for i in range(1, iterations + 1):
+    for i in range(1, method.warmup + 1):
+        shared, held = moved(shared, held, mean_in_rank_order(gradient(x, i)))
+        x = np.stack([shared] * ranks)
+    for i in range(method.warmup + 1, iterations + 1):
         told[i], then[i] = gradient(x, i), x
-        if i > lag:
+        if i > method.warmup + lag:
             g = mean(told[i - lag])
             if method.merge == "compensate":
                 g = g + g * g * (x[0] - then[i - lag][0]) * f(method.compensation)
@@ -200,7 +212,7 @@ def trained_late(
         if method.merge == "correct":
             for rank in range(ranks):
                 own, buffer = shared, held
-                for ahead in range(max(1, i - lag + 1), i + 1):
+                for ahead in range(max(method.warmup, i - lag) + 1, i + 1):
                     own, buffer = moved(own, buffer, told[ahead][rank])
                 x[rank] = own
     return x, shared

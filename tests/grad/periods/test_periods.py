@@ -230,6 +230,7 @@ def test_any_method_with_changes(world: World, seed: int) -> None:
         outer_rate=0.7,
         outer_momentum=0.9,
         wire=draw.choice(("same", *QUANTIZERS)),
+        warmup=draw.choice((0, 0, 1, 7)),
     )
     assert not list(mistakes_of(method))
     numbers = np.random.default_rng(seed)
@@ -243,10 +244,13 @@ def test_any_method_with_changes(world: World, seed: int) -> None:
     def step(x: np.ndarray, i: int, cut: slice) -> np.ndarray:
         return x - (x - towards[i][:, cut]) * np.float32(RATE)
 
+    def together(x: np.ndarray, i: int, cut: slice) -> np.ndarray:
+        return x - mean_in_rank_order(x - towards[i][:, cut]) * np.float32(RATE)
+
     cuts = fragments_of(sizes, method.fragments)
     starts = np.split(start, np.cumsum([sum(sizes[cut]) for cut in cuts])[:-1])
     expected = trained_in_fragments(
-        *(method, starts, world.size, STEPS, step), mean_of(method, world.size)
+        *(method, starts, world.size, STEPS, step), mean_of(method, world.size), together
     )
     np.testing.assert_array_equal(torch.cat(parameters(module)).numpy(), expected[world.rank])
 
@@ -263,6 +267,7 @@ def test_any_method_with_gradients(world: World, seed: int) -> None:
         merge=merge,
         compensation=0.04 if merge == "compensate" else 0.0,
         wire=draw.choice(("same", *QUANTIZERS)),
+        warmup=draw.choice((0, 0, 1, 7)),
     )
     assert not list(mistakes_of(method))
     numbers = np.random.default_rng(seed)
@@ -331,12 +336,15 @@ def test_presets_end_with_the_same_parameters_everywhere(world: World, name: str
     assert all(p.isfinite().all() for p in everyones[0])
 
 
-@pytest.mark.parametrize("name", [*PRESETS, "streaming_diloco int8"])
+@pytest.mark.parametrize(
+    "name", [*PRESETS, "streaming_diloco int8", "diloco same 5", "od_sgd same 5"]
+)
 @pytest.mark.parametrize("at", [1, 9, 16])
 def test_resumed_training_has_the_same_bits(world: World, name: str, at: int) -> None:
-    """Also with changes on the wire, and roundings that are still to be sent."""
-    preset, _, wire = name.partition(" ")
-    method = dataclasses.replace(PRESETS[preset], wire=wire or "same")
+    """Also with changes on the wire, roundings that are still to be sent, and in a warm-up."""
+    words = name.split()
+    preset, wire, warmup = [*words, *("", "same", "0")[len(words) :]]
+    method = dataclasses.replace(PRESETS[preset], wire=wire, warmup=int(warmup))
     model, periods = train(method, "adamw", world, steps=at)
     state = copy.deepcopy(periods.state_dict())
     go_on(periods, world.rank, STEPS)
