@@ -41,12 +41,7 @@ EVERY_STEP = ("one_late", "od_sgd", "dc_sgd")
 ARMS: dict[str, dict[str, Any]] = {
     **{name: {"preset": name} for name in EVERY_STEP},
     "local": {"preset": "local", "period": PERIOD},
-    "corrected": {
-        "preset": "corrected",
-        "period": PERIOD,
-        "pull_lag": PERIOD,
-        "fragments": PERIOD,
-    },
+    "corrected": {"preset": "corrected"},
     "overlap_local": {"preset": "overlap_local", "period": PERIOD},
     "co2": {"preset": "co2", "period": PERIOD},
     "diloco": {"preset": "diloco", "period": LONG_PERIOD},

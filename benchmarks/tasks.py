@@ -1,4 +1,4 @@
-"""One encoder for three tasks, against each task with an encoder of its own: jobs/stdlib_tasks.toml.
+"""One encoder for three tasks against one for each: jobs/stdlib_tasks.toml.
 
 Every run is the job as users start it: shared on a root and three children, alone on a root and
 one. Figures are of validation data with the last encoder, `shared` and `alone` by task, means over
@@ -32,11 +32,19 @@ def evaluated(tasks: tuple[str, ...], seed: int, folder: Path, steps: int) -> di
     values = [f"shared.tasks={names}", f"seed={seed}", "run.report=false", "checkpoint.every=0"]
     values += [f"train.steps={steps}", "schedule.warmup=4"] if steps else []
     sets = [word for value in values for word in ("--set", value)]
-    mpiexec = Path(sys.executable).with_name("mpiexec")
-    ranks = str(1 + len(tasks))
+    launcher = [str(Path(sys.executable).with_name("mpiexec")), "-n", str(1 + len(tasks))]
     ended = subprocess.run(
-        [str(mpiexec), "-n", ranks, sys.executable, "-m", "hpctrain", "run", str(JOB)]
-        + ["--run-dir", str(run), *sets],
+        [
+            *launcher,
+            sys.executable,
+            "-m",
+            "hpctrain",
+            "run",
+            str(JOB),
+            "--run-dir",
+            str(run),
+            *sets,
+        ],
         env=os.environ | harness.RUNTIME | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
