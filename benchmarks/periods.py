@@ -27,7 +27,14 @@ import cluster
 import harness
 import torch
 from links import Bench, Stepper, Work
-from periods_loss import LOSS_AIMS, SOONER_AIM, loss_figures, sooner_figures
+from periods_loss import (
+    LOSS_AIMS,
+    LOSS_ARMS,
+    QUICK_LOSS_ARMS,
+    SOONER_AIM,
+    loss_figures,
+    sooner_figures,
+)
 
 from hpctrain.comm.quantize import QUANTIZERS
 
@@ -244,6 +251,7 @@ def main() -> None:
     parser.add_argument(
         "--runs", metavar="FOLDER", help="keep the main job's runs here, and find them again"
     )
+    parser.add_argument("--arms", nargs="+", choices=LOSS_ARMS, help="of the losses; all if none")
     options = parser.parse_args()
     if options.worker:
         layers, rounds, *names = options.worker
@@ -261,7 +269,8 @@ def main() -> None:
                 found = harness.launch(1, *map(str, sizes), *names, on=made)
             figures |= wall_figures(found)
         if "loss" in wanted:
-            figures |= loss_figures(options.quick, folder)
+            arms = options.arms or (QUICK_LOSS_ARMS if options.quick else LOSS_ARMS)
+            figures |= loss_figures(options.quick, list(arms), folder)
         if "sooner" in wanted:
             figures |= sooner_figures(options.quick, folder)
     finally:

@@ -26,16 +26,18 @@ MAIN_JOB = Path(__file__).parent.parent / "jobs" / "stdlib_lm.toml"
 LOSS_AIMS = {"od_sgd": 1.01, "corrected": 1.05, "diloco": 1.05, "streaming_diloco_int8": 1.03}
 SOONER_AIM = 4.0
 
+WARMUP = "warmup=100"
+"""All late arms begin together for as long as the learning rate of the main job rises."""
 LOSS_ARMS: dict[str, tuple[str, ...]] = {
     "sync": (),
-    "od_sgd": ("preset='od_sgd'",),
-    "corrected": ("preset='corrected'",),
-    "diloco": ("preset='diloco'",),
-    "streaming_diloco_int8": ("preset='streaming_diloco'", "wire='int8'"),
-    "local": ("preset='local'",),
-    "overlap_local": ("preset='overlap_local'",),
-    "co2": ("preset='co2'",),
-    "one_late": ("preset='one_late'",),
+    "streaming_diloco_int8": ("preset='streaming_diloco'", "wire='int8'", "outer_rate=0.7", WARMUP),
+    "diloco": ("preset='diloco'", WARMUP),
+    "corrected": ("preset='corrected'", WARMUP),
+    "od_sgd": ("preset='od_sgd'", WARMUP),
+    "local": ("preset='local'", WARMUP),
+    "overlap_local": ("preset='overlap_local'", WARMUP),
+    "co2": ("preset='co2'", WARMUP),
+    "one_late": ("preset='one_late'", WARMUP),
 }
 QUICK_LOSS_ARMS = ("sync", "diloco")
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
@@ -51,11 +53,11 @@ SOONER_RATES = {"sync": 2e-3, "streaming": 2e-3}
 # ---------------------------------------------------------------- loss
 
 
-def loss_figures(quick: bool, folder: Path) -> dict[str, Any]:
+def loss_figures(quick: bool, arms: Sequence[str], folder: Path) -> dict[str, Any]:
     """Each arm with its best rate, over synchronous training with its best."""
     steps = QUICK_STEPS if quick else STEPS
     found: dict[str, Any] = {"losses": {}, "rates": {}, "tried": {}}
-    for arm in QUICK_LOSS_ARMS if quick else LOSS_ARMS:
+    for arm in ("sync", *(arm for arm in arms if arm != "sync")):
 
         def run(rate: float, seed: int = SEEDS[0], arm: str = arm) -> float:
             return final_loss(arm, rate, seed, steps, folder)
@@ -77,7 +79,7 @@ def downhill(run: Callable[[float], float], rates: Sequence[float]) -> dict[floa
     tried: dict[float, float] = {}
     while True:
         near = rates[max(0, place - 1) : place + 2]
-        for rate in near:
+        for rate in (rates[place], *near):
             if rate not in tried:
                 tried[rate] = run(rate)
         best = min(near, key=lambda rate: tried[rate])
@@ -93,7 +95,8 @@ def final_loss(arm: str, rate: float, seed: int, steps: int, folder: Path) -> fl
     if steps != STEPS:
         values += [f"train.steps={steps}", f"schedule.warmup={steps // 10}"]
     if LOSS_ARMS[arm]:
-        values += ["exchange.mode='periods'", *(f"periods.{each}" for each in LOSS_ARMS[arm])]
+        late = [each for each in LOSS_ARMS[arm] if steps == STEPS or each != WARMUP]
+        values += ["exchange.mode='periods'", *(f"periods.{each}" for each in late)]
     if steps not in dict(validations(run)):
         train(run, values)
     return dict(validations(run))[steps]
