@@ -65,7 +65,6 @@ def test_commands_are_those_that_are_tested_below() -> None:
         "module load openmpi",
         "pip install .",
         "mpirun -n 2 hpctrain doctor",
-        "mpirun --with-ft ulfm -n 4 hpctrain run jobs/digits.toml --set exchange.mode=coded",
     ]
 
 
@@ -156,9 +155,11 @@ def test_the_sites_own_mpi(launch: Launch) -> None:
     assert "no MPI library can be loaded" in without
 
 
-def test_coded(launch: Launch) -> None:
+@pytest.mark.slow
+def test_coded_job_of_the_digits(launch: Launch) -> None:
     shutil.copytree(ROOT / "jobs", launch.folder / "jobs")
     killed = """ --set train.steps=40 --set 'inject={kind="kill",ranks=[2],step=20}'"""
-    text = shell(launch, COMMANDS[11] + killed, launch.folder)
+    command = "mpirun --with-ft ulfm -n 4 hpctrain run jobs/digits.toml --set exchange.mode=coded"
+    text = shell(launch, command + killed, launch.folder)
     assert "rank 2 is dead" in text
     assert "step 40/40" in text
