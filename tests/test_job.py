@@ -15,6 +15,7 @@ from hpctrain import job
 from hpctrain.data.batches import Batches
 from hpctrain.errors import ExitCode, JobError
 from hpctrain.job import LoadedJob
+from hpctrain.train.settings import Parts
 from hpctrain.world import World
 
 SHIPPED = sorted((Path(__file__).parents[1] / "jobs").glob("*.toml"))
@@ -68,13 +69,21 @@ def mistakes(path: Path, *overrides: str) -> str:
 def test_shipped_job_gives_a_loss_with_gradients(path: Path) -> None:
     if path.stem == "digits":
         pytest.importorskip("sklearn")
-    parts = job.load(path).parts()
-    batches = Batches(parts.train_data, batch=4, collate=parts.collate)
-    loss = parts.loss(parts.model, batches.read(0, 4))
-    loss.backward()
-    assert torch.isfinite(loss)
-    assert all(p.grad is not None for p in parts.model.parameters())
-    assert parts.validation_data is not None and len(parts.validation_data) > 0
+    for parts in all_parts(job.load(path)):
+        batches = Batches(parts.train_data, batch=4, collate=parts.collate)
+        loss = parts.loss(parts.model, batches.read(0, 4))
+        loss.backward()
+        assert torch.isfinite(loss)
+        assert all(p.grad is not None for p in parts.model.parameters())
+        assert parts.validation_data is not None and len(parts.validation_data) > 0
+
+
+def all_parts(loaded: LoadedJob) -> list[Parts]:
+    """Of each task, if the job has several."""
+    if not loaded.tasks:
+        return [loaded.parts()]
+    encoder = loaded.encoder(**loaded.job.model)
+    return [loaded.task_parts(task, encoder) for task in range(len(loaded.tasks))]
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
@@ -176,7 +185,7 @@ def test_largest_seed_trains(write: Write) -> None:
 def test_dates_reach_the_model_and_run_json(write: Write) -> None:
     text = JOB.replace("width = 4", "width = 4, date = 2024-01-01")
     loaded = job.load(write(text, MODULE.replace("depth=1", "depth=1, date=None")))
-    facts = loaded._facts(loaded.parts())
+    facts = loaded._facts(loaded.parts().model)
     assert loaded.job.model["date"] == datetime.date(2024, 1, 1)
     assert json.loads(json.dumps(facts))["job"]["model"]["date"] == "2024-01-01"
     assert facts["parameters"] == 20
