@@ -68,7 +68,8 @@ test-mpich: $(VENV_MPICH)/.test
 	done
 
 test-slow: $(VENV)/.test
-	$(VENV)/bin/python -m pytest -m slow
+	$(VENV)/bin/python -m pytest -m "slow and not mpi"
+	$(VENV)/bin/mpiexec -n 3 $(VENV)/bin/python -m pytest --quiet --with-mpi -m "mpi and slow"
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .

@@ -98,8 +98,12 @@ def test_clipping_is_that_of_the_other_mode(make: Make) -> None:
             torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4)
 
 
+RESUMED = ("od_sgd", "corrected", "eager_diloco", "streaming_diloco int4", "diloco same 15")
+RESUMED_SLOWLY = [*(name for name in PRESETS if name not in RESUMED), "od_sgd same 5"]
+
+
 @pytest.mark.parametrize(
-    "preset", [*PRESETS, "streaming_diloco int4", "diloco same 15", "od_sgd same 5"]
+    "preset", [*RESUMED, *(pytest.param(name, marks=pytest.mark.slow) for name in RESUMED_SLOWLY)]
 )
 def test_resumed_run_ends_with_the_bits_of_one_that_was_not_interrupted(
     make: Make, preset: str
