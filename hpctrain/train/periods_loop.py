@@ -24,6 +24,7 @@ from hpctrain.grad.accumulate import streamed
 from hpctrain.grad.blocks import norm_of
 from hpctrain.grad.periods.periods import Periods
 from hpctrain.trace import now_s
+from hpctrain.train import resume
 from hpctrain.train.loop import Trainer
 
 _log = logging.getLogger("hpctrain")
@@ -158,13 +159,19 @@ class PeriodsTrainer(Trainer):
             "periods": self.periods.state_dict(),
             "clip_factor": self._last_factor,
         }
+        if self.settings.exchange.buffers == "local":
+            own["buffers"] = resume.local_buffers(self.parts.model)
         with self.periods.shared():
             self._write({}, own)
 
     def _resume_exchange(self, state: Mapping[str, Any], ranks: int) -> None:
         own = state["own"]
         if own:
+            options = [dict(group) for group in self.optimizer.param_groups]
             self.periods.load_state_dict(own["periods"])
+            for group, values in zip(self.optimizer.param_groups, options, strict=True):
+                group.update(values)  # as the job has them now
+            resume.restore_local_buffers(self.parts.model, own.get("buffers", {}))
             self._last_factor = own["clip_factor"]
             restore_generators(own["generators"])
             return

@@ -57,6 +57,16 @@ class Averager:
         self._reducer.plan([slab], ways)
         self.ways = self._reducer.ways
 
+    @staticmethod
+    def held_bytes(count: int, dtype: torch.dtype, wire: str, ranks: int) -> int:
+        """Memory for so many elements, without messages, which `in_flight_bytes` limits."""
+        if wire not in QUANTIZERS:
+            return count * dtype.itemsize
+        if ranks == 1:
+            return 4 * count
+        own = -(-count // ranks)
+        return 4 * (3 * count + own) + 2 * QUANTIZERS[wire].nbytes(count)
+
     def post(self, label: str) -> None:
         """Send what is in `tensor`. Returns at once."""
         assert not self._tickets

@@ -62,12 +62,10 @@ class Before:
                     gathered[name] = value
 
     @property
-    def nbytes(self) -> int:
-        """Memory of the copies."""
-        tensors = [*self.values]
-        for kept in self.state:
-            tensors += [value for value in kept.values() if isinstance(value, torch.Tensor)]
-        return sum(tensor.nbytes for tensor in tensors)
+    def state_bytes(self) -> int:
+        """Memory of the copies of the optimizer's state."""
+        tensors = (value for kept in self.state for value in kept.values())
+        return sum(value.nbytes for value in tensors if isinstance(value, torch.Tensor))
 
 
 def _copied(value: Any, into: Any) -> Any:
@@ -138,7 +136,7 @@ class LateGradients:
         """Copies of all parameters, or of a rank's own gradients, that are held besides."""
         if method.pull_lag == 0 or method.merge == "late":
             return 0
-        return method.pull_lag + (2 if method.merge == "compensate" else 1)
+        return method.pull_lag + 2
 
     def capture(self, out: torch.Tensor) -> None:
         """Write what is to be told, and go ahead with a local step if the method has one.
@@ -167,8 +165,7 @@ class LateGradients:
         if self.before:
             if not self.before.is_taken:
                 self.before.take()
-            assert own is not None
-            self._step(own, used, settings, is_shared=False)
+            self._step_ahead(self._told[-1])
 
     def pull(self, mean: torch.Tensor) -> None:
         """Take the step of the oldest iteration whose gradient had not come.
@@ -196,8 +193,7 @@ class LateGradients:
         if self.before and self._told:
             self.before.take()
             for ahead in self._told:
-                assert ahead.own is not None
-                self._step(ahead.own, ahead.used, ahead.settings, is_shared=False)
+                self._step_ahead(ahead)
 
     def state_dict(self) -> dict[str, Any]:
         """What is needed to go on, with copies of what will change."""
@@ -238,6 +234,13 @@ class LateGradients:
 
     def _loaded(self, values: torch.Tensor | None) -> Flat | None:
         return None if values is None else self._copy_of(values)
+
+    def _step_ahead(self, told: _Told) -> None:
+        """A local step, which may be taken once more: a check may change the gradient."""
+        assert told.own is not None
+        gradient = self._copy_of(told.own.tensor)
+        self._step(gradient, told.used, told.settings, is_shared=False)
+        self._free.append(gradient)
 
     def _step(
         self,

@@ -101,23 +101,34 @@ class Changes:
         torch.sub(self._now.tensor, self.anchor.tensor, out=change)
         if self._captured is not None:
             self._captured.copy_(self._now.tensor)
+        if self._method.merge == "replace" and self._method.pull_lag:
+            self.anchor.scatter(self._local)  # what is told now is not to be told once more
         if self._told is not None and self._missing is not None:
             torch.mul(change, 1 / self._ranks, out=self._told)
             self._outer.step(self._missing.add_(self._told))
             self._missing.zero_()
             self.anchor.scatter(self._local)
 
-    def pull(self, mean: torch.Tensor) -> None:
+    def pull(self, mean: torch.Tensor, is_last: bool = False) -> None:
         """Take in what has come.
 
         Args:
             mean: flat; over ranks, of what was captured last; overwritten.
+            is_last: at the end of a run, where nothing else is on its way: local steps since the
+                capture are not given up, as a merge might.
         """
         if self._told is not None and self._missing is not None:
             torch.sub(mean, self._told, out=self._missing)
             return
-        self._outer.step(mean)
         now = self._now.tensor
+        if is_last and self._method.merge == "replace" and self._method.pull_lag:
+            self._now.gather(self._local)
+            now.sub_(self.anchor.tensor)
+            self._outer.step(mean)
+            now.add_(self.anchor.tensor)
+            self._now.scatter(self._local)
+            return
+        self._outer.step(mean)
         if self._captured is not None:
             self._now.gather(self._local)
             now.sub_(self._captured).add_(self.anchor.tensor)
@@ -130,17 +141,20 @@ class Changes:
             self.anchor.scatter(self._local)
 
     def begin_anew(self) -> None:
-        """The local parameters are what all ranks agree on, and nothing is on the wire."""
+        """The local parameters are what all ranks agree on, and nothing has been on the wire."""
         for tensor in self.tensors().values():
             tensor.zero_()
         self.anchor.gather(self._local)
 
     def ahead(self) -> torch.Tensor:
         """What is to be averaged at the end, when nothing is on the wire."""
-        if self._told is not None:  # each rank has an anchor of its own
-            return self.anchor.tensor.clone()
         self._now.gather(self._local)
-        return self._now.tensor - self.anchor.tensor
+        own = self._now.tensor - self.anchor.tensor
+        if self._missing is None:
+            return own
+        self._outer.step(self._missing)
+        self._missing.zero_()
+        return own.add_(self.anchor.tensor)  # each rank has an anchor of its own
 
     def agree(self, mean: torch.Tensor) -> None:
         """Take the mean of what all ranks were ahead: they are all the same afterwards."""

@@ -170,7 +170,10 @@ class PeriodsConfig:
             for field in fields(Method)
             if (value := getattr(self, field.name)) is not None
         }
-        return replace(PRESETS[self.preset], **given)
+        preset = PRESETS[self.preset]
+        if preset.pull_lag == preset.period > 1 and "period" in given:
+            given.setdefault("pull_lag", given["period"])  # what is told is taken in a period later
+        return replace(preset, **given)
 
 
 def mistakes_of(method: Method) -> Iterator[str]:
@@ -195,6 +198,11 @@ def mistakes_of(method: Method) -> Iterator[str]:
         )
     if method.merge == "eager" and method.pull_lag != method.period:
         yield f"merge = 'eager' takes in what was sent a period ago; pull_lag = {method.period}"
+    if method.merge == "replace" and 0 < method.pull_lag < method.period:
+        yield (
+            f"pull_lag = {method.pull_lag} with merge = 'replace' gives up the local steps between "
+            f"telling and taking in; allowed: 0, {method.period}, or merge = 'correct'"
+        )
     for name, merge in (("mix", "mix"), ("compensation", "compensate")):
         if getattr(method, name) and method.merge != merge:
             yield f"{name} does nothing with merge = {method.merge!r}"

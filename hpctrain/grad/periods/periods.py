@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -83,6 +84,14 @@ class Periods:
         self._schedule = Schedule(method)
         self._parameters = [p for p in module.parameters() if p.requires_grad]
         _check(self._parameters, optimizer)
+        if method.wire in QUANTIZERS and exchange.way not in ("auto", "direct"):
+            raise ExchangeError(
+                "exchange.way does nothing with integers on the wire",
+                value=exchange.way,
+                allowed="auto or direct",
+                fix="leave it out, or choose another periods.wire",
+                everywhere=True,
+            )
         self._engine = engine_of(self.world)
         self._engine.progress = "thread"
         self._engine.deadline_s = exchange.deadline_s
@@ -92,10 +101,10 @@ class Periods:
         self._buffers = replicas.BufferSync(module, control, exchange.buffers)
         cuts = fragments_of([p.numel() for p in self._parameters], method.fragments)
         self._fragments = [self._parameters[cut] for cut in cuts]
+        self._late: LateGradients | None = None
         self._check_memory()
         self.check: Check = take_all
         """Asked before each step of the optimizer."""
-        self._late: LateGradients | None = None
         self._changes: list[Changes] = []
         if method.sends == "gradients":
             self._late = LateGradients(
@@ -136,6 +145,8 @@ class Periods:
             for action in self._schedule.after(self.iteration):
                 if action.of >= self._pulls_from:
                     self._act(action)
+        if self.iteration <= self.method.warmup + 2:
+            self._check_memory()  # with copies of what the optimizer has made in its first step
         self._engine.poll()
 
     @property
@@ -172,7 +183,7 @@ class Periods:
     def finish(self) -> None:
         """The last iteration is done: wait for all that is on its way, and agree. Collective.
 
-        Parameters are the same on all ranks afterwards.
+        Parameters are the same on all ranks afterwards. Training may go on from there.
         """
         if self.is_warming_up:
             self._average_buffers()
@@ -183,7 +194,8 @@ class Periods:
                     continue
                 if self._is_to_be_pushed(action):
                     self._act(Action(Act.PUSH, action.fragment, action.of))
-                self._act(Action(Act.PULL, action.fragment, action.of))
+                self._act(Action(Act.PULL, action.fragment, action.of), is_last=True)
+            self._pulls_from = self.iteration + 1  # of a run that goes on after its end
             for changes in self._changes:
                 ahead = Slab(changes.ahead())
                 whole = reduce.all_reduce("direct", ahead, 1.0 / self.world.size)
@@ -240,7 +252,7 @@ class Periods:
 
     # ------------------------------------------------------------------ parts
 
-    def _act(self, action: Action) -> None:
+    def _act(self, action: Action, is_last: bool = False) -> None:
         slot = self._slot(action)
         averager, staged = self._averagers[slot], self._staged[slot]
         if action.act is Act.CAPTURE:
@@ -259,7 +271,7 @@ class Periods:
             if self._late:
                 self._late.pull(mean)
             else:
-                self._changes[action.fragment].pull(mean)
+                self._changes[action.fragment].pull(mean, is_last)
 
     def _slot(self, action: Action) -> int:
         """Which averager an action is for: gradients of several iterations are on the wire."""
@@ -334,23 +346,31 @@ class Periods:
             )
 
     def held_bytes(self) -> int:
-        """Memory for copies of gradients and parameters, on this rank."""
-        method = self.method
+        """Memory for copies of gradients and parameters on this rank, and of the optimizer's state.
+
+        Not counted are messages on their way, which `exchange.in_flight_bytes` limits.
+        """
+        method, ranks = self.method, self.world.size
+        dtype = dtype_of(self._parameters)
         none = [[p.detach().to("meta") for p in part] for part in self._fragments]
         total = 0
         if method.warmup:
             whole = [p for part in none for p in part]
-            total += LateGradients.count(whole) * dtype_of(whole).itemsize
+            total += LateGradients.count(whole) * dtype.itemsize
         if method.sends == "gradients":
             (whole,) = none
-            elements = LateGradients.count(whole) * LateGradients.slots(method)
-            elements += elements_of(whole) * LateGradients.copies(method)
-            return total + elements * dtype_of(whole).itemsize
+            slot = Averager.held_bytes(LateGradients.count(whole), dtype, method.wire, ranks)
+            total += slot * LateGradients.slots(method)
+            total += elements_of(whole) * LateGradients.copies(method) * dtype.itemsize
+            if self._late and self._late.before:
+                total += self._late.before.state_bytes
+            return total
         for part in none:
-            changes = Changes(method, part, self.world.size)
-            held = [changes.anchor.tensor, *changes.tensors().values(), *changes.scratch]
-            held += [changes.anchor.tensor] * (1 + self._stages)  # on the wire, and staged
+            changes, count = Changes(method, part, ranks), elements_of(part)
+            held = [*changes.tensors().values(), *changes.scratch]
             total += sum(tensor.nbytes for tensor in held)
+            total += Averager.held_bytes(count, dtype, method.wire, ranks)
+            total += count * dtype.itemsize * self._stages
         return total
 
     # ------------------------------------------------------------------ checkpoints
@@ -375,7 +395,7 @@ class Periods:
             "pulls_from": self._pulls_from,
             "method": str(self.method),
             "tensors": {name: tensor.clone() for name, tensor in tensors.items()},
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
         }
         if self._late:
             state["late"] = self._late.state_dict()

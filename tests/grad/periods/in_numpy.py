@@ -61,6 +61,8 @@ class Fragment:
     def capture(self) -> Array:
         change = self.x - self.z
         self.at_capture = self.x.copy()
+        if self.method.merge == "replace" and self.method.pull_lag:
+            self.x = self.z.copy()
         if self.method.merge == "eager":
             self.own = change * np.float32(1 / len(self.x))
             self.outer(self.late + self.own)

@@ -123,7 +123,9 @@ def drawn(draw: random.Random) -> Method:
     period = draw.randint(1, 9)
     merge = draw.choice(("correct", "replace", "mix", "eager"))
     outer = draw.choice(("sgd", "nesterov", "adam"))
-    pull_lag = period if merge == "eager" else draw.randint(0, period)
+    pull_lag = {"eager": period, "replace": draw.choice((0, period))}.get(
+        merge, draw.randint(0, period)
+    )
     method = Method(
         sends="changes",
         period=period,

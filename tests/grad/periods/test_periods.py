@@ -25,7 +25,7 @@ from hpctrain import DataParallel, ExchangeConfig, World
 from hpctrain.comm.collect import all_gather, barrier_on
 from hpctrain.comm.engine import engine_of
 from hpctrain.comm.quantize import GROUP, QUANTIZERS
-from hpctrain.errors import ExchangeError
+from hpctrain.errors import ExchangeError, JobError
 from hpctrain.grad.periods.late import LateGradients
 from hpctrain.grad.periods.method import PRESETS, Method, PeriodsConfig, mistakes_of
 from hpctrain.grad.periods.periods import Periods
@@ -217,7 +217,9 @@ def test_any_method_with_changes(world: World, seed: int) -> None:
     draw = random.Random(seed)
     period = draw.randint(1, 6)
     merge = draw.choice(("correct", "replace", "mix", "eager"))
-    pull_lag = period if merge == "eager" else draw.randint(0, period)
+    pull_lag = {"eager": period, "replace": draw.choice((0, period))}.get(
+        merge, draw.randint(0, period)
+    )
     method = Method(
         sends="changes",
         period=period,
@@ -253,6 +255,52 @@ def test_any_method_with_changes(world: World, seed: int) -> None:
         *(method, starts, world.size, STEPS, step), mean_of(method, world.size), together
     )
     np.testing.assert_array_equal(torch.cat(parameters(module)).numpy(), expected[world.rank])
+
+
+@pytest.mark.parametrize("steps", [3, 8, 13])
+@pytest.mark.parametrize("name", [n for n, method in PRESETS.items() if method.merge != "mix"])
+def test_no_step_is_lost_or_counts_twice(world: World, name: str, steps: int) -> None:
+    """Also at the end, and when training goes on after it."""
+    changed = {"period": 4} if PRESETS[name].sends == "changes" else {}
+    config = PeriodsConfig(
+        preset=name,
+        outer="sgd",
+        outer_rate=1.0,
+        outer_momentum=0.0,
+        outer_clip=0.0,
+        compensation=0.0,
+        **changed,
+    )
+    module = Quadratic(np.zeros(3, np.float32), [1, 2])
+    optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
+    periods = Periods(module, optimizer, config, exchange=ORDERED, world=world)
+    for turn in (1, 2):
+        for _ in range(steps):
+            for p in module.parameters():
+                p.grad = -torch.ones_like(p)
+            periods.step()
+        periods.finish()
+        np.testing.assert_allclose(torch.cat(parameters(module)), turn * steps, rtol=1e-6)
+
+
+def test_a_check_may_change_gradients(world: World) -> None:
+    """Of steps that are taken again and again, too."""
+    module = Quadratic(np.zeros(3, np.float32), [1, 2])
+    optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
+    config = PeriodsConfig(preset="od_sgd", pull_lag=3)
+    periods = Periods(module, optimizer, config, exchange=ORDERED, world=world)
+
+    def halve(gradients: list[torch.Tensor], is_shared: bool) -> bool:
+        for gradient in gradients:
+            gradient.mul_(0.5)
+        return True
+
+    periods.check = halve
+    for step in range(1, 9):
+        for p in module.parameters():
+            p.grad = -torch.ones_like(p)
+        periods.step()
+        np.testing.assert_allclose(torch.cat(parameters(module)), step / 2)
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -361,6 +409,7 @@ def test_memory_limit(world: World) -> None:
     method = PRESETS["diloco"]
     _, periods = train(method, "sgd", world, steps=0)
     needed_mb = periods.held_bytes() / 1e6
+    assert needed_mb > 0
     train(method, "sgd", world, steps=0, limit_mb=needed_mb * 1.001)
     with pytest.raises(ExchangeError, match="memory_limit_mb"):
         train(method, "sgd", world, steps=0, limit_mb=needed_mb * 0.999)
@@ -379,3 +428,27 @@ def test_optimizer_of_other_parameters(world: World) -> None:
     some = torch.optim.SGD(model.first.parameters(), lr=0.1)
     with pytest.raises(ExchangeError, match="exactly the parameters"):
         Periods(model, some, world=world)
+
+
+def test_memory_of_the_optimizers_state_counts_after_its_first_step(world: World) -> None:
+    method = PRESETS["od_sgd"]
+    _, periods = train(method, "adamw", world, steps=0)
+    before_mb = periods.held_bytes() / 1e6
+    with pytest.raises(ExchangeError, match="memory_limit_mb"):
+        train(method, "adamw", world, steps=2, limit_mb=before_mb * 1.001)
+
+
+def test_way_that_does_nothing(world: World) -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    exchange = ExchangeConfig(way="ring")
+    with pytest.raises(ExchangeError, match="does nothing with integers"):
+        Periods(model, optimizer, PeriodsConfig(wire="int8"), exchange=exchange, world=world)
+
+
+def test_lag_of_a_whole_period_follows_the_period() -> None:
+    assert PeriodsConfig(preset="co2", period=16).method.pull_lag == 16
+    assert PeriodsConfig(preset="eager_diloco", period=4).method.pull_lag == 4
+    assert PeriodsConfig(preset="corrected", period=4).method.pull_lag == 2
+    with pytest.raises(JobError, match="gives up the local steps"):
+        PeriodsConfig(preset="co2", period=16, pull_lag=8)

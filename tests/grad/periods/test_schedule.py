@@ -21,7 +21,7 @@ def drawn(seed: int) -> Method:
         period=period,
         push_lag=draw.randint(0, max(0, pull_lag - 1)),
         pull_lag=pull_lag,
-        merge=draw.choice(("correct", "replace", "mix")),
+        merge=draw.choice(("correct", "replace" if pull_lag in (0, period) else "mix", "mix")),
         fragments=draw.choice((1, 2, 3, 7, 20)),
     )
     assert not list(mistakes_of(method))
