@@ -340,7 +340,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> LoadedJob:
     optimizer = table.get("optimizer", {})
     if isinstance(optimizer, Mapping):
         check_optimizer(optimizer, "optimizer", mistakes)
-    is_shared = job is not None and job.exchange.mode == "shared"
+    exchange = table.get("exchange")
+    is_shared = isinstance(exchange, Mapping) and exchange.get("mode") == "shared"
     source = _find_module(file, "module", table.get("module"), mistakes)
     required = _OF_SHARED if is_shared else _REQUIRED
     module = _load_module(source, table, required, mistakes) if source else None

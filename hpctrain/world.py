@@ -103,6 +103,8 @@ class World:
     thread_level: int
     trace: Trace = field(default_factory=Trace, repr=False)
     position: Position = field(default_factory=Position, repr=False)
+    numbers: tuple[int, ...] = ()
+    """Of a part of the ranks: what messages call them, their numbers among all."""
 
     @property
     def role(self) -> Role:
@@ -158,7 +160,8 @@ class World:
 
     def name_of(self, rank: int) -> str:
         """`rank 3 (node-a)`, as messages name a rank."""
-        return f"rank {rank} ({self.seats[rank].host})"
+        number = self.numbers[rank] if self.numbers else rank
+        return f"rank {number} ({self.seats[rank].host})"
 
     def abort(self, code: int) -> None:
         """End all ranks at once with exit status `code`. Not collective; does not return."""
@@ -261,7 +264,15 @@ def of_part(world: World, comm: MPI.Intracomm) -> World:
     rank, size = comm.Get_rank(), comm.Get_size()
     kept = _ranks_in(world, comm)
     seats = reseated(world.seats, kept)
-    return replace(world, comm=comm, rank=rank, size=size, seats=seats, roles=_roles(size))
+    return replace(
+        world,
+        comm=comm,
+        rank=rank,
+        size=size,
+        seats=seats,
+        roles=_roles(size),
+        numbers=tuple(kept),
+    )
 
 
 def _ranks_in(world: World, comm: MPI.Intracomm) -> list[int]:

@@ -15,7 +15,7 @@ import logging
 import os
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from mpi4py import MPI
@@ -50,11 +50,24 @@ class _Window:
         return all(part() is None for part in self.parts)
 
 
-_windows: dict[int, _Window] = {}
+@dataclass
+class _Kept:
+    """What the ranks of an engine, which are all or a part, have on this node.
+
+    Attributes:
+        windows: by number, which is the same on all of these ranks.
+        made: windows so far.
+        comm: of the ranks on this node, once it is needed.
+    """
+
+    windows: dict[int, _Window] = field(default_factory=dict)
+    made: int = 0
+    comm: MPI.Intracomm | None = None
+
+
+_kept: dict[Engine, _Kept] = {}
 _left: list[_Window] = []
 """Windows that ranks which are dead by now had a part in. They cannot be freed."""
-_node_comms: dict[tuple[tuple[int, ...], ...], MPI.Intracomm] = {}
-_made = 0
 
 
 def shared_slabs(
@@ -178,9 +191,9 @@ def _allocate(
         sizes: bytes of each rank of the node.
         otherwise: what else the user may do if it cannot be had.
     """
-    world = engine.world
+    world, kept = engine.world, _kept_of(engine)
     reason = lacking_room(1, sum(sizes))
-    if _windows and any(all_gather(engine.control, reason, label="node-shared memory")):
+    if kept.windows and any(all_gather(engine.control, reason, label="node-shared memory")):
         gc.collect()  # models are full of reference cycles
         _free_unused(engine)
         reason = lacking_room(1, sum(sizes))
@@ -192,7 +205,7 @@ def _allocate(
     with engine.exclusive():
         try:
             mine = sizes[world.local_rank]
-            win, arrays = _open_window(_node_comm_of(world), sizes)
+            win, arrays = _open_window(_node_comm_of(engine), sizes)
             reason = populate(ctypes.addressof(arrays[world.local_rank]), mine)
             tensors = [
                 torch.frombuffer(a, dtype=torch.uint8) if len(a) else torch.empty(0).byte()
@@ -204,9 +217,8 @@ def _allocate(
         tensors[world.local_rank].zero_()
     if not _agreed(engine, reason, otherwise) or win is None:
         return None
-    global _made
-    _made += 1
-    _windows[_made] = _Window(win, [weakref.ref(array) for array in arrays])
+    kept.made += 1
+    kept.windows[kept.made] = _Window(win, [weakref.ref(array) for array in arrays])
     return tensors, win.Sync
 
 
@@ -238,13 +250,18 @@ def _open_window(
     ]
 
 
-def _node_comm_of(world: World) -> MPI.Intracomm:
+def _kept_of(engine: Engine) -> _Kept:
+    return _kept.setdefault(engine, _Kept())
+
+
+def _node_comm_of(engine: Engine) -> MPI.Intracomm:
     """The ranks of this node, by rank. Collective at the first call."""
-    if world.nodes not in _node_comms:
+    kept, world = _kept_of(engine), engine.world
+    if kept.comm is None:
         comm = world.comm.Split(world.node, world.rank)
         assert isinstance(comm, MPI.Intracomm)
-        _node_comms[world.nodes] = comm
-    return _node_comms[world.nodes]
+        kept.comm = comm
+    return kept.comm
 
 
 def leave_windows() -> None:
@@ -252,21 +269,22 @@ def leave_windows() -> None:
 
     What lies in them stays readable for whoever still holds it.
     """
-    _left.extend(_windows.values())
-    _windows.clear()
-    _node_comms.clear()
+    for kept in _kept.values():
+        _left.extend(kept.windows.values())
+    _kept.clear()
 
 
 def _free_unused(engine: Engine) -> None:
     """Free the windows in which no rank has a tensor any more. Collective."""
-    if not _windows:
+    windows = _kept_of(engine).windows
+    if not windows:
         return
-    if len(_windows) > KEPT_WINDOWS:
+    if len(windows) > KEPT_WINDOWS:
         gc.collect()  # models are full of reference cycles
-    mine = {number for number, window in _windows.items() if window.unused}
+    mine = {number for number, window in windows.items() if window.unused}
     everyones = all_gather(engine.control, mine, label="node-shared memory")
     with engine.exclusive():
         for number in sorted(set.intersection(*everyones)):
-            win = _windows.pop(number).win
+            win = windows.pop(number).win
             win.Unlock_all()
             win.Free()

@@ -19,7 +19,13 @@ from torch import nn
 
 from hpctrain.comm.collect import barrier_on
 from hpctrain.comm.engine import engine_of
-from hpctrain.errors import ExchangeError, StoppedError, TrainingError
+from hpctrain.errors import (
+    ExchangeError,
+    HpctrainError,
+    JobError,
+    StoppedError,
+    TrainingError,
+)
 from hpctrain.grad.shared.rounds import Child
 from hpctrain.grad.shared.shared import Shared, Turn
 from hpctrain.stop import StopRequest
@@ -364,7 +370,10 @@ class SharedTrainer:
         kind = shared.instruction()["kind"]
         encoder = self.tasks.encoder(**kind)
         number = shared.child % len(self.tasks.names)
-        parts = self.tasks.parts(number, encoder)
+        try:
+            parts = self.tasks.parts(number, encoder)
+        except JobError as error:
+            return self._give_up(error)
         settings = replace(
             self.settings,
             exchange=replace(self.settings.exchange, mode="allreduce"),
@@ -385,12 +394,8 @@ class SharedTrainer:
                 trainer.play(turn)
                 if turn.is_cut:
                     shared.stop()
-        except (TrainingError, ExchangeError) as error:
-            # The others need not end because this child cannot go on.
-            shared.refuse(error.what)
-            _log.error("%s: this child takes no part any more", error)
-            shared.wait_for_end()
-            return {}
+        except (JobError, TrainingError, ExchangeError) as error:
+            return self._give_up(error)
         assert shared.ended
         stops = bool(shared.ended["stops"])
         if trainer is None:  # it came too late for any round, or all are done
@@ -403,6 +408,13 @@ class SharedTrainer:
         if stops:
             raise _stopped(trainer.step_number, self.settings.train.steps)
         return figures
+
+    def _give_up(self, error: HpctrainError) -> dict[str, float]:
+        """The others need not end because this child cannot go on."""
+        self.shared.refuse(error.what)
+        _log.error("%s: this child takes no part any more", error)
+        self.shared.wait_for_end()
+        return {}
 
     def _make_child(
         self, parts: Parts, settings: Settings, values: Mapping[str, Any], told: StopRequest

@@ -165,18 +165,18 @@ def is_closed(folder: Path) -> bool:
 @pytest.mark.mpi
 def test_windows_are_freed_when_no_rank_uses_them(engine: Engine, world: World) -> None:
     gc.collect()
-    others = set(node._windows)
+    others = set(node._kept_of(engine).windows)
     assert node.shared_slabs(engine, [10], [torch.float32])
     kept = node.shared_slabs(engine, [10], [torch.float32])
-    mine = set(node._windows) - others
+    mine = set(node._kept_of(engine).windows) - others
     held = kept if world.rank == 1 else None  # rank 1 alone still uses the second one
     del kept
     assert node.shared_slabs(engine, [10], [torch.float32])
-    assert len(mine & set(node._windows)) == 1
+    assert len(mine & set(node._kept_of(engine).windows)) == 1
     assert held is None or not held[0].tensor.any()
     del held
     assert node.shared_slabs(engine, [10], [torch.float32])
-    assert not mine & set(node._windows)
+    assert not mine & set(node._kept_of(engine).windows)
 
 
 @pytest.mark.mpi

@@ -10,6 +10,7 @@ from torch import nn
 from hpctrain import DataParallel, ExchangeConfig, World
 from hpctrain.comm.collect import all_gather, all_sum, barrier_on
 from hpctrain.comm.engine import engine_of
+from hpctrain.comm.node import shared_slabs
 from hpctrain.comm.part import split
 from hpctrain.errors import ExchangeError
 
@@ -83,4 +84,16 @@ def test_who_waits_for_a_lost_part_is_told(world: World) -> None:
     barrier_on(engine_of(world).control)
     if world.rank > 0:
         barrier_on(control, "the last")
+    barrier_on(engine_of(world).control)
+
+
+def test_memory_on_a_node_is_that_of_one_part(world: World) -> None:
+    """A rank that has had a part in another division keeps the two apart."""
+    for number in (world.rank // 2, part_of(world.rank), 0):
+        part = split(world, number, lambda: None)
+        for _ in range(2):
+            slabs = shared_slabs(engine_of(part), [10], [torch.float32])
+            if slabs and slabs[0].place:
+                assert len(slabs[0].place.parts) == part.local_size
+            del slabs
     barrier_on(engine_of(world).control)

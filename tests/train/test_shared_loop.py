@@ -39,6 +39,8 @@ WHO, AT, HOW = os.environ.get("STRIKE", "-1 0 none").split()
 steps = 0
 def head(encoder): return nn.Linear(encoder[0].out_features, 1)
 def train_data():
+    if HOW == "data" and launched_rank(os.environ) == int(WHO):
+        raise ValueError("lost")
     x = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
     return [(row, row.sum().sin()[None] * TASK) for row in x]
 def validation_data(): return train_data()[:8]
@@ -203,6 +205,26 @@ def test_ranks_killed_at_random_points(
     assert_ends_undisturbed(job, undisturbed, job(3, *RUN))
 
 
+@pytest.mark.parametrize("group", [1, pytest.param(2, marks=SLOW)])
+def test_child_without_data_is_left_out(job: Launch, group: int) -> None:
+    """Also if it is one rank of a group that has none: the others of the group are told."""
+    ranks, victim = 1 + 2 * group, group
+    ended = job(ranks, *RUN, "--set", f"shared.group={group}", STRIKE=f"{victim} 0 data")
+    assert ended.status == 0, ended.err
+    assert "00-first (rank 1" in ended.err and "ValueError: lost" in ended.err
+    assert list(losses(job.folder / "run"))[-1] == 30
+
+
+@pytest.mark.slow
+def test_group_evaluates_at_the_end(job: Launch) -> None:
+    sets = ("--set", "shared.group=2", "--set", 'shared.tasks=["first.py"]')
+    ended = job(3, *RUN, *sets)
+    assert ended.status == 0, ended.err
+    lines = (job.folder / "run" / "metrics.jsonl").read_text().splitlines()
+    evaluated = [line["step"] for line in map(json.loads, lines) if "validation" in line]
+    assert evaluated == [10, 20, 30]
+
+
 @pytest.mark.slow
 def test_child_whose_gradients_are_not_finite_is_left_out(job: Launch) -> None:
     ended = job(3, *RUN, STRIKE="1 8 nan")
@@ -223,6 +245,7 @@ def test_child_whose_gradients_are_not_finite_is_left_out(job: Launch) -> None:
             marks=SLOW,
         ),
         ("shared.rule=krum", "needs more children"),
+        pytest.param("shared.tasks=[1]", "tasks: must be names of files", marks=SLOW),
         pytest.param("shared.group=3", "needs a root and children", marks=SLOW),
         pytest.param("exchange.wire=bfloat16", None, marks=SLOW),
     ],

@@ -27,6 +27,8 @@ class SharedConfig(RuleConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self)
+        if bad := [task for task in self.tasks if not isinstance(task, str)]:
+            raise JobError("tasks: must be names of files", value=bad[0], everywhere=True)
         if self.quorum and self.quorum < self.fewest:
             raise JobError(
                 f"quorum: rule = {self.rule!r} that tolerates {self.tolerates} needs more answers",
@@ -51,6 +53,14 @@ class SharedConfig(RuleConfig):
                 everywhere=True,
             )
         self.refuse_few(count)
+        if len(self.tasks) > count:
+            raise JobError(
+                "shared.tasks: there are more tasks than children",
+                value=f"{len(self.tasks)} tasks, {count} child(ren)",
+                allowed=f"at most {count} tasks",
+                fix=f"start {1 + self.group * len(self.tasks)} ranks, or name fewer tasks",
+                everywhere=True,
+            )
         if self.quorum > count:
             raise JobError(
                 "shared.quorum: there are not so many children",

@@ -27,6 +27,8 @@ class Kind(Enum):
     """Root: a round begins, with these parameters."""
     ANSWER = "answer"
     """Child: its encoder's parameters after a round."""
+    OUT = "out"
+    """Root: this child takes no part any more, and why."""
     END = "end"
     """Root: the run is over, with these parameters."""
     STOP = "stop"

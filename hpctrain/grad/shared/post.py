@@ -73,6 +73,11 @@ class Post:
         """Whether a packet of a kind has come and was not taken yet."""
         return any(packet.kind is kind for _, packet in list(self._came))
 
+    def reason_to_be_out(self) -> str:
+        """Why the root leaves this child out, if a packet that was not taken yet says so."""
+        reasons = (p.values["reason"] for _, p in list(self._came) if p.kind is Kind.OUT)
+        return str(next(reasons, ""))
+
     def wait(self, until: Callable[[], bool]) -> None:
         """Wait patiently until a packet is there or something else is so."""
         self._engine.drive(lambda: bool(self._came) or until(), PATIENT_S)

@@ -46,6 +46,8 @@ class Child:
     """What it last told of itself."""
     is_done: bool = False
     """Whether it has done what belongs to the end."""
+    is_expected: bool = True
+    """Whether a round waits for its confirmation; no second one does."""
 
 
 class Rounds:
@@ -110,7 +112,9 @@ class Rounds:
 
     def may_begin(self, now_s: float) -> bool:
         """Whether a round may begin: all have confirmed, or enough of them long enough ago."""
-        return self._is_enough(len(self.confirmed), len(self.present), now_s)
+        children = [self.children[number] for number in self.present]
+        expected = sum(child.is_expected or child.samples > 0 for child in children)
+        return self._is_enough(len(self.confirmed), expected, now_s)
 
     def begin(self, **values: Any) -> None:
         """Begin the next round with all that have confirmed.
@@ -119,7 +123,8 @@ class Rounds:
             values: for the children, with the parameters.
         """
         for child in self.children:
-            if not child.gone and not child.samples:
+            if not child.gone and not child.samples and child.is_expected:
+                child.is_expected = False
                 self._say(f"{child.name} has not confirmed: round {self.number} begins without it")
         self.is_open = True
         self._rows = {}
@@ -142,8 +147,6 @@ class Rounds:
             return
         if packet.kind is Kind.CONFIRM:
             child.samples = int(packet.values["samples"])
-            if self.is_open and number not in self._rows:
-                self._train(number)
         elif packet.kind is Kind.REFUSE:
             self.leave_out(number, str(packet.values["reason"]))
         elif packet.kind is Kind.ANSWER:
@@ -175,6 +178,7 @@ class Rounds:
         if not child.gone:
             child.gone = reason
             self._rows.pop(number, None)
+            self._send(number, Packet(Kind.OUT, {"reason": reason}))
             self._say(f"{child.name} is left out: {reason}")
 
     def look(self, now_s: float) -> None:
@@ -245,8 +249,7 @@ class Rounds:
     @property
     def _fewest(self) -> int:
         """Answers without which there is no round."""
-        quorum = max(1, self.config.quorum - self._spoilt)
-        return max(quorum, self.config.fewest_without(self._spoilt))
+        return max(1, self.config.quorum, self.config.fewest_without(self._spoilt))
 
     def _is_missed(self, number: int) -> bool:
         child = self.children[number]

@@ -78,15 +78,14 @@ class Shared:
         self.is_root = self.child < 0
         self._engine = engine = engine_of(world)
         engine.tolerate_deaths()
-        speakers = [ranks[0] for ranks in self.children]
         self.world = split(world, self.child + 1, self._lost)
         self._control = engine_of(self.world).control
         peers = list(range(1, world.size)) if self.is_root else [0]
         self._post = Post(engine, peers, engine.deadline_s)
-        self._speakers = {rank: child for child, rank in enumerate(speakers)}
+        self._child_of = {r: child for child, ranks in enumerate(self.children) for r in ranks}
         self.ended: Mapping[str, Any] | None = None
-        self._pending: Packet | None = None
-        """The newest packet that this child has not acted on."""
+        self._out = ""
+        """Why this child is left out, if it is."""
 
     # ------------------------------------------------------------------ the root
 
@@ -117,7 +116,7 @@ class Shared:
             names or [f"child {number}, {name}" for number, name in enumerate(ranks)],
             self._flat.tensor,
             rounds,
-            lambda child, packet: self._post.send(self.children[child][0], packet),
+            self._send,
             say,
             self._engine.deadline_s,
         )
@@ -154,8 +153,8 @@ class Shared:
     def end(self, **values: Any) -> None:
         """On the root: tell the children that all is done, and wait for their last words."""
         self.rounds.end(**values)
-        for ranks in self.children:  # also what is left of children that are left out
-            for rank in ranks[0 if self.rounds.children[self._speakers[ranks[0]]].gone else 1 :]:
+        for child, ranks in enumerate(self.children):
+            for rank in ranks if self.rounds.children[child].gone else ():  # what is left of it
                 self._post.send(rank, Packet(Kind.END, values))
         self._attend(lambda _: self.rounds.has_ended)
         self._leave()
@@ -167,6 +166,13 @@ class Shared:
             self.play()
         self.end()
         return self.rounds
+
+    def _send(self, child: int, packet: Packet) -> None:
+        """To the rank that speaks for a child; to all of its ranks if it is left out."""
+        ranks = self.children[child]
+        for rank in ranks if packet.kind is Kind.OUT else ranks[:1]:
+            if rank not in self._post.dead:
+                self._post.send(rank, packet)
 
     def _attend(self, until: Callable[[float], bool]) -> None:
         """Take in what comes until something is so."""
@@ -191,7 +197,7 @@ class Shared:
             self._post.wait(is_due)
 
     def _hand_over(self, rank: int, packet: Packet) -> None:
-        child = self._speakers[rank]
+        child = self._child_of[rank]
         its = packet.values.get("kind_of_encoder", self._kind)
         if its != self._kind:
             self.rounds.leave_out(child, "it would train an encoder of other parameters")
@@ -208,8 +214,8 @@ class Shared:
         return self._receive(most=1).values
 
     def refuse(self, reason: str) -> None:
-        """On a child: take no part."""
-        self._tell(Packet(Kind.REFUSE, {"reason": reason}))
+        """On any rank of a child: the child takes no part, or no part any more."""
+        self._post.send(0, Packet(Kind.REFUSE, {"reason": reason}))
 
     def turns(
         self,
@@ -303,7 +309,10 @@ class Shared:
             while newest is None:
                 self._post.wait(lambda: self._lost() is not None)
                 for _, packet in self._post.take(most):
-                    newest = packet
+                    if packet.kind is Kind.OUT:
+                        self._out = str(packet.values["reason"])
+                    elif newest is None or newest.kind is not Kind.END:
+                        newest = packet  # but nothing comes after the end
                 if newest is None and self._lost() is not None:
                     raise self._root_lost()
         head = (newest.kind, dict(newest.values), newest.body) if newest else None
@@ -324,6 +333,9 @@ class Shared:
             return None
         if self._is_root_lost():
             return "the root is dead" if 0 in self._post.dead else "the root is silent"
+        self._out = self._out or self._post.reason_to_be_out()
+        if self._out and not self._post.has(Kind.END):
+            return f"this child is left out: {self._out}"
         gone = self._post.dead.intersection(self.children[self.child])
         return f"{self._names(gone)} of the same child is dead" if gone else None
 

@@ -135,13 +135,43 @@ def test_who_is_late_joins_the_next_round() -> None:
     assert play.target == 2.0
 
 
-def test_who_confirms_late_is_sent_the_present_round() -> None:
-    play = Play(quorum=2, grace_s=0.0)
+def test_who_confirms_late_joins_the_next_round_and_is_waited_for_once() -> None:
+    play = Play(quorum=2, grace_s=5.0)
     play.confirm(0, 1)
-    assert play.rounds.may_begin(0.0)
+    assert not play.rounds.may_begin(0.0)
+    assert play.rounds.may_begin(5.0)
+    for number in range(2):
+        play.rounds.begin()
+        assert sum("has not confirmed" in text for text in play.said) == 1
+        if number:
+            play.confirm(2)
+        assert play.sent_to(Kind.TRAIN)[2 * number :] == [0, 1]
+        play.answer(0, 1.0)
+        play.answer(1, 1.0)
+        play.rounds.combine()
+        assert play.rounds.may_begin(6.0)
     play.rounds.begin()
-    play.confirm(2)
-    assert play.sent_to(Kind.TRAIN) == [0, 1, 2]
+    assert play.sent_to(Kind.TRAIN)[4:] == [0, 1, 2]
+
+
+def test_answers_that_are_not_finite_are_none_of_a_quorum() -> None:
+    play = Play(quorum=2)
+    play.confirm(0, 1, 2)
+    play.rounds.begin()
+    play.answer(0, 1.0)
+    play.answer(1, float("nan"))
+    play.answer(2, float("nan"))
+    assert not play.is_complete
+    with pytest.raises(TrainingError, match="too few children are left"):
+        play.rounds.look(0.0)
+
+
+def test_who_is_left_out_is_told_so() -> None:
+    play = Play()
+    play.confirm(0, 1, 2)
+    play.rounds.leave_out(1, "it is odd")
+    play.rounds.leave_out(1, "it is dead as well")
+    assert play.sent_to(Kind.OUT) == [1]
 
 
 def test_values_that_are_not_finite_are_left_out_of_a_round() -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from hpctrain import DataParallel, ExchangeConfig, Shared, SharedConfig, World
 from hpctrain.comm.collect import barrier_on
 from hpctrain.comm.engine import engine_of
-from hpctrain.errors import JobError
+from hpctrain.errors import ExchangeError, JobError
 from hpctrain.grad.shared.rules import RuleConfig, Server
 from hpctrain.grad.shared.shared import shared_tensors
 
@@ -122,9 +122,12 @@ def test_groups_of_ranks_average_their_gradients(world: World) -> None:
     else:
         options = ExchangeConfig(deterministic=True, buffers="broadcast")
         trained = follow(shared, lambda m: DataParallel(m, options, world=shared.world))
-    # All ranks of a group have the same batch here, so that the mean is what each has.
+    # All ranks of a group have the same batch here, so that the mean is what each has. A third of
+    # three is not, and the bias before batch norm has nothing but such roundings as its gradient,
+    # which AdamW divides by their own size (and 1e-8).
     expected = alone((world.size - 1) // group, RuleConfig())
-    torch.testing.assert_close(flat(trained), expected, rtol=1e-12, atol=1e-14)
+    atol = 1e-14 if group == 2 else 1e-9
+    torch.testing.assert_close(flat(trained), expected, rtol=1e-12, atol=atol)
     barrier_on(engine_of(world).control)
 
 
@@ -138,9 +141,9 @@ def test_another_encoder_is_left_out(world: World) -> None:
         assert any("encoder of other parameters" in text for text in said)
     elif shared.child == 0:
         shared.instruction()
-        with pytest.raises(StopIteration):
+        with pytest.raises(ExchangeError, match="left out: it would train an encoder of other"):
             next(shared.turns(encoder(7), samples=1))
-        shared.goodbye()
+        shared.wait_for_end()
     else:
         follow(shared)
     barrier_on(engine_of(world).control)
