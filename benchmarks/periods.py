@@ -66,9 +66,9 @@ QUICK_ARMS = ("one_late", "corrected", "diloco_int8", "diloco_int4")
 WALL_AIMS = {"one_late": 0.60, "corrected": 0.27, "overlap_local": 0.27, "co2": 0.27}
 BYTES_AIMS = {"diloco_int8": 60.0, "diloco_int4": 115.0}
 MOST_OVER_FORMULA = 0.01
-LAYERS, QUICK_LAYERS = 12, 4
-"""25 MB of float32; 8 MB for a quick look."""
-ROUNDS, QUICK_ROUNDS = 7, 2
+LAYERS, QUICK_LAYERS = 6, 4
+"""12 MB of float32; 8 MB for a quick look."""
+ROUNDS, QUICK_ROUNDS = 5, 2
 STEPS = LONG_PERIOD
 """Of a round: whole periods."""
 

@@ -57,12 +57,12 @@ class _Kept:
     Attributes:
         windows: by number, which is the same on all of these ranks.
         made: windows so far.
-        comm: of the ranks on this node, once it is needed.
+        comms: of the ranks on this node, by how ranks lie on nodes.
     """
 
     windows: dict[int, _Window] = field(default_factory=dict)
     made: int = 0
-    comm: MPI.Intracomm | None = None
+    comms: dict[tuple[tuple[int, ...], ...], MPI.Intracomm] = field(default_factory=dict)
 
 
 _kept: dict[Engine, _Kept] = {}
@@ -256,12 +256,12 @@ def _kept_of(engine: Engine) -> _Kept:
 
 def _node_comm_of(engine: Engine) -> MPI.Intracomm:
     """The ranks of this node, by rank. Collective at the first call."""
-    kept, world = _kept_of(engine), engine.world
-    if kept.comm is None:
+    comms, world = _kept_of(engine).comms, engine.world
+    if world.nodes not in comms:
         comm = world.comm.Split(world.node, world.rank)
         assert isinstance(comm, MPI.Intracomm)
-        kept.comm = comm
-    return kept.comm
+        comms[world.nodes] = comm
+    return comms[world.nodes]
 
 
 def leave_windows() -> None:
