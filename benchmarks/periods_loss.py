@@ -160,7 +160,8 @@ def curve(
     begun_s = 0.0
     with cluster.Cluster(2, SLOW_RATE) as made:
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        process = made.start("head", [*made.launcher(1), *words], **quiet)
+        one_core = ("-x", "OMP_NUM_THREADS=1")  # is what each of the two has
+        process = made.start("head", [*made.launcher(1), *one_core, *words], **quiet)
         while process.poll() is None:
             time.sleep(0.05)
             if not begun_s and (run / "step").exists():
