@@ -76,6 +76,28 @@ def launch(
     return found
 
 
+def run_job(job: Path, ranks: int, run: Path, values: Sequence[str]) -> None:
+    """Run a job as users do, on ranks of one thread each on this machine, to its end.
+
+    Args:
+        job: the job file.
+        ranks: how many.
+        run: the run folder.
+        values: `table.key=value`, for `--set`.
+    """
+    mpiexec = str(Path(sys.executable).with_name("mpiexec"))
+    words = [mpiexec, "-n", str(ranks), sys.executable, "-m", "hpctrain", "run", str(job)]
+    ended = subprocess.run(
+        [*words, "--run-dir", str(run), *(word for value in values for word in ("--set", value))],
+        env=os.environ | RUNTIME | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if ended.returncode:
+        sys.exit(f"{job.name} ended with status {ended.returncode}:\n{ended.stderr}")
+
+
 def tell(result: Mapping[str, Any]) -> None:
     """On the worker's rank 0, print the object that `launch` reads."""
     if result["rank"] == 0:

@@ -277,7 +277,9 @@ def main() -> None:
         if not options.runs:
             shutil.rmtree(folder)
     table = [harness.table(rows_of(figures))] if "wall" in figures else []
-    harness.finish("\n".join([*table, *judged(figures)]), figures, options.save)
+    # Losses after a few steps say nothing.
+    meant = {key: of for key, of in figures.items() if not options.quick or "loss" not in key}
+    harness.finish("\n".join([*table, *judged(meant)]), figures, options.save)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -27,13 +26,11 @@ LOSS_AIMS = {"od_sgd": 1.01, "corrected": 1.05, "diloco": 1.05, "streaming_diloc
 SOONER_AIM = 4.0
 
 WARMUP = "warmup=100"
-"""Late arms begin together for as long as the learning rate of the main job rises; the one that
-changes most at a time, for twice as long."""
-LONG_WARMUP = "warmup=200"
+"""All late arms begin together for as long as the learning rate of the main job rises."""
 LOSS_ARMS: dict[str, tuple[str, ...]] = {
     "sync": (),
     "streaming_diloco_int8": ("preset='streaming_diloco'", "wire='int8'", "outer_rate=0.7", WARMUP),
-    "diloco": ("preset='diloco'", LONG_WARMUP),
+    "diloco": ("preset='diloco'", WARMUP),
     "corrected": ("preset='corrected'", WARMUP),
     "od_sgd": ("preset='od_sgd'", WARMUP),
     "local": ("preset='local'", WARMUP),
@@ -99,10 +96,10 @@ def final_loss(arm: str, rate: float, seed: int, steps: int, folder: Path) -> fl
     if steps != STEPS:
         values += [f"train.steps={steps}", f"schedule.warmup={steps // 10}"]
     if LOSS_ARMS[arm]:
-        late = [each for each in LOSS_ARMS[arm] if steps == STEPS or each[:6] != WARMUP[:6]]
+        late = [each for each in LOSS_ARMS[arm] if steps == STEPS or each != WARMUP]
         values += ["exchange.mode='periods'", *(f"periods.{each}" for each in late)]
     if steps not in dict(validations(run)):
-        train(run, values)
+        harness.run_job(MAIN_JOB, 2, run, values)
     return dict(validations(run))[steps]
 
 
@@ -112,22 +109,6 @@ def validations(run: Path) -> list[tuple[int, float]]:
     lines = metrics.read_text().splitlines() if metrics.exists() else []
     told = [line for line in map(json.loads, lines) if "validation" in line]
     return [(int(line["step"]), float(line["validation"]["loss"])) for line in told]
-
-
-def train(run: Path, values: list[str]) -> None:
-    """Train the main job on two ranks of this machine."""
-    sets = [word for value in values for word in ("--set", value)]
-    mpiexec = Path(sys.executable).with_name("mpiexec")
-    words = [str(mpiexec), "-n", "2", sys.executable, "-m", "hpctrain", "run", str(MAIN_JOB)]
-    ended = subprocess.run(
-        [*words, "--run-dir", str(run), *sets],
-        env=os.environ | harness.RUNTIME | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if ended.returncode:
-        sys.exit(f"the main job ended with {ended.returncode}:\n{ended.stderr}")
 
 
 # ---------------------------------------------------------------- sooner

@@ -9,11 +9,8 @@ what the others teach the encoder, and the one with plenty pays for it.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -31,27 +28,7 @@ def evaluated(tasks: tuple[str, ...], seed: int, folder: Path, steps: int) -> di
     names = json.dumps([f"{name}.py" for name in tasks])
     values = [f"shared.tasks={names}", f"seed={seed}", "run.report=false", "checkpoint.every=0"]
     values += [f"train.steps={steps}", "schedule.warmup=4"] if steps else []
-    sets = [word for value in values for word in ("--set", value)]
-    launcher = [str(Path(sys.executable).with_name("mpiexec")), "-n", str(1 + len(tasks))]
-    ended = subprocess.run(
-        [
-            *launcher,
-            sys.executable,
-            "-m",
-            "hpctrain",
-            "run",
-            str(JOB),
-            "--run-dir",
-            str(run),
-            *sets,
-        ],
-        env=os.environ | harness.RUNTIME | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if ended.returncode:
-        sys.exit(f"the job ended with {ended.returncode}:\n{ended.stderr}")
+    harness.run_job(JOB, 1 + len(tasks), run, values)
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     last = [line["validation"] for line in lines if "validation" in line][-1]
     return {  # "00-task_code loss" is the name of a child's figure
