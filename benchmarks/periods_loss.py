@@ -25,12 +25,13 @@ MAIN_JOB = Path(__file__).parent.parent / "jobs" / "stdlib_lm.toml"
 LOSS_AIMS = {"od_sgd": 1.01, "corrected": 1.05, "diloco": 1.05, "streaming_diloco_int8": 1.03}
 SOONER_AIM = 4.0
 
-WARMUP = "warmup=100"
-"""All late arms begin together for as long as the learning rate of the main job rises."""
+WARMUP, LONG_WARMUP = "warmup=100", "warmup=200"
+"""Late arms begin together for as long as the learning rate of the main job rises; or twice that,
+a fifth of the run, where ranks take so many steps apart (DiLoCo's paper: a quarter of the run)."""
 LOSS_ARMS: dict[str, tuple[str, ...]] = {
     "sync": (),
     "streaming_diloco_int8": ("preset='streaming_diloco'", "wire='int8'", "outer_rate=0.7", WARMUP),
-    "diloco": ("preset='diloco'", WARMUP),
+    "diloco": ("preset='diloco'", LONG_WARMUP),
     "corrected": ("preset='corrected'", WARMUP),
     "od_sgd": ("preset='od_sgd'", WARMUP),
     "local": ("preset='local'", WARMUP),
@@ -39,7 +40,7 @@ LOSS_ARMS: dict[str, tuple[str, ...]] = {
     "one_late": ("preset='one_late'", WARMUP),
 }
 QUICK_LOSS_ARMS = ("sync", "diloco")
-RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 SEEDS = (1, 2, 3)
 STEPS, QUICK_STEPS = 1100, 20
 """As in the job file."""
@@ -48,8 +49,10 @@ SLOW_RATE = "50mbit"
 SYNC_S, QUICK_SYNC_S = 600.0, 10.0
 SOONER_RATES = {"sync": 4e-3, "streaming": 2e-3}
 """Learning rates: the best of each that `loss` finds."""
-SOONER_WARMUP = 50
-"""Iterations together: as few as do no harm, since each takes half a second there."""
+SOONER_WARMUP = 20
+"""Iterations together: few, since each takes half a second there."""
+SOONER_EVERY, QUICK_SOONER_EVERY = 100, 5
+"""Steps from one evaluation to the next."""
 
 # ---------------------------------------------------------------- loss
 
@@ -96,7 +99,7 @@ def final_loss(arm: str, rate: float, seed: int, steps: int, folder: Path) -> fl
     if steps != STEPS:
         values += [f"train.steps={steps}", f"schedule.warmup={steps // 10}"]
     if LOSS_ARMS[arm]:
-        late = [each for each in LOSS_ARMS[arm] if steps == STEPS or each != WARMUP]
+        late = [each for each in LOSS_ARMS[arm] if steps == STEPS or not each.startswith("warmup")]
         values += ["exchange.mode='periods'", *(f"periods.{each}" for each in late)]
     if steps not in dict(validations(run)):
         harness.run_job(MAIN_JOB, 2, run, values)
@@ -118,7 +121,8 @@ def sooner_figures(quick: bool, folder: Path) -> dict[str, Any]:
     """How much sooner Streaming DiLoCo has the loss that synchronous training reaches in time."""
     limit_s = QUICK_SYNC_S if quick else SYNC_S
     common = ["train.steps=100000", "run.report=false", "checkpoint.every=0"]
-    common += ["schedule.name='constant'", "train.eval_every=" + ("5" if quick else "50")]
+    common += ["schedule.name='constant'", "exchange.way='direct'"]  # of two, no other is better
+    common += [f"train.eval_every={QUICK_SOONER_EVERY if quick else SOONER_EVERY}"]
     sync = curve(folder / "sync", [*common, f"optimizer.lr={SOONER_RATES['sync']}"], limit_s)
     streaming = ["exchange.mode='periods'", "periods.preset='streaming_diloco'"]
     streaming += ["periods.wire='int8'", "periods.outer_rate=0.7"]

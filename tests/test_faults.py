@@ -163,7 +163,7 @@ def test_data_that_hangs_on_one_rank_is_told(launch: Launch) -> None:
         "    while hpctrain.join().rank == 1: pass\n"
         "    return [torch.ones(1)] * 8\n"
         "def loss(model, batch): return model(batch).sum()\n",
-        "train = { steps = 2, batch = 4 }\nexchange = { deadline_s = 2 }",
+        "train = { steps = 2, batch = 4 }\nexchange = { deadline_s = 10 }",
     )
     ended = launch(3, "-m", "hpctrain", "run", job, limit_s=60)
     assert ended.status == 1
@@ -226,12 +226,12 @@ def test_rank_that_never_joins_is_named(launch: Launch) -> None:
         "if launched_rank(os.environ) == 1:\n"
         "    time.sleep(600)\n"
         "import hpctrain\n"
-        "hpctrain.join(deadline_s=2)\n"
+        "hpctrain.join(deadline_s=10)\n"
     )
     ended = launch(3, script, limit_s=60)
     # MPICH's launcher gives the status of a rank that it killed now and then.
     assert ended.status in (3, 9), ended.err
-    assert ended.err.count("MPI_Init has not finished for 2 s") == 1
+    assert ended.err.count("MPI_Init has not finished for 10 s") == 1
     assert "started 3 processes" in ended.err
     pid = (launch.folder / "pid-1").read_text()
     assert re.search(rf"missing: rank 1 \(.*\), process {pid}, has not come", ended.err)

@@ -177,7 +177,7 @@ def test_one_that_stands_still_is_seen_by_its_deadline(launch: Launch) -> None:
     module = MODULE.replace("signal.SIGKILL", "signal.SIGSTOP")
     launch.job(module, KEYS, name="job")
     ended = launch(
-        *(2, *RUN, "--set", "exchange.deadline_s=2"), options=LET_LIVE, DIE="compute 1 6"
+        *(2, *RUN, "--set", "exchange.deadline_s=10"), options=LET_LIVE, DIE="compute 1 6"
     )
     assert ended.status != 0
     assert "no answer: rank 1" in ended.err

@@ -68,6 +68,7 @@ class PeriodsTrainer(Trainer):
     def _accumulate(
         self, share: Share, subsets: Iterable[Any], backward: Callable[[Any], None]
     ) -> None:
+        self.periods.weight = share.weight
         for subset in streamed(subsets, len(share.sizes), self.world):
             backward(subset)
             del subset
@@ -80,6 +81,7 @@ class PeriodsTrainer(Trainer):
         """Take this rank's step, and what has come. Returns the norm of its own gradient."""
         self._norm = math.nan
         self._set_rate()
+        self._saver.before_change()  # a step that is taken back puts the optimizer's state back
         self.periods.step()
         return self._norm
 
@@ -158,30 +160,29 @@ class PeriodsTrainer(Trainer):
             "generators": generator_state(),
             "periods": self.periods.state_dict(),
             "clip_factor": self._last_factor,
+            "buffers": resume.local_buffers(self.parts.model),
         }
-        if self.settings.exchange.buffers == "local":
-            own["buffers"] = resume.local_buffers(self.parts.model)
         with self.periods.shared():
             self._write({}, own)
 
     def _resume_exchange(self, state: Mapping[str, Any], ranks: int) -> None:
         own = state["own"]
-        if own:
+        if own and "periods" in own:
             options = [dict(group) for group in self.optimizer.param_groups]
             self.periods.load_state_dict(own["periods"])
             for group, values in zip(self.optimizer.param_groups, options, strict=True):
                 group.update(values)  # as the job has them now
-            resume.restore_local_buffers(self.parts.model, own.get("buffers", {}))
+            resume.restore_local_buffers(self.parts.model, own["buffers"])
             self._last_factor = own["clip_factor"]
             restore_generators(own["generators"])
             return
         self.periods.begin_anew(self.step_number)
         seed_generators(self.settings.seed + 1 + self.world.rank + 1_000_003 * self.step_number)
         _log.warning(
-            "the checkpoint is of %d ranks: what was on the wire is left out, all begin with the "
-            "parameters that they agreed on and the optimizer's state of rank 0, and random "
-            "generators start anew",
-            ranks,
+            "the checkpoint is of %s: what was on the wire is left out, all begin with the "
+            "parameters that they agreed on and the optimizer's state of rank 0; the outer "
+            "optimizer and random generators start anew",
+            "another exchange.mode" if own else f"{ranks} ranks",
         )
 
     def _settle(self) -> None:

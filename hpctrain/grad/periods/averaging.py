@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
-from hpctrain.comm.channel import Channel, Ticket
+from hpctrain.comm.channel import LANES, Channel, Ticket
 from hpctrain.comm.memory import chunk_cuts
 from hpctrain.comm.quantize import QUANTIZERS
+from hpctrain.comm.reduce.messages import Direct
 from hpctrain.comm.reduce.quantized import QuantizedMean
 from hpctrain.comm.reducer import Parts, ReduceOptions, Reducer
 
@@ -24,6 +25,7 @@ class Averager:
         dtype: of the elements.
         options: how they are summed; `wire` may also be one of `QUANTIZERS`.
         ways: of an averager that was made before, for the same kind of tensor.
+        exact: number of elements at the end that are never rounded to few bits.
 
     Attributes:
         tensor: to be filled before `post`; the mean after `wait`.
@@ -36,16 +38,24 @@ class Averager:
         dtype: torch.dtype,
         options: ReduceOptions,
         ways: Sequence[str] = (),
+        *,
+        exact: int = 0,
     ) -> None:
         self._channel = channel
         self._tickets: list[Ticket] = []
         self._reducer: Reducer | None = None
         self.ways: Sequence[str] = ()
         self._means: list[QuantizedMean] = []
+        self._exact: Direct | None = None
+        self._exact_bytes = 4 * exact
         if options.wire in QUANTIZERS:
             self.tensor = torch.zeros(count, dtype=torch.float32)
+            count -= exact
             cuts = chunk_cuts(count, 4, 4 * options.chunk_bytes) or [slice(0, count)]
             if channel.size > 1:
+                if exact:
+                    part, scale = self.tensor[count:], 1 / channel.size
+                    self._exact = Direct(part, scale, None, None, None, LANES - 1)
                 self._means = [
                     QuantizedMean(self.tensor[cut], QUANTIZERS[options.wire], lane)
                     for lane, cut in enumerate(cuts)
@@ -76,6 +86,8 @@ class Averager:
             self._tickets = self._reducer.post(Parts(0), label)
         for mean in self._means:
             self._tickets.append(self._channel.post(mean, label, mean.nbytes))
+        if self._exact:
+            self._tickets.append(self._channel.post(self._exact, label, self._exact_bytes))
 
     def wait(self) -> torch.Tensor:
         """The mean, once it has come; it may be overwritten."""
@@ -88,7 +100,8 @@ class Averager:
     def sent_bytes(self) -> int:
         """Of messages of this rank so far; see `Reducer.sent_bytes`."""
         by_sums = self._reducer.sent_bytes if self._reducer else 0
-        return by_sums + sum(mean.sent_bytes for mean in self._means)
+        exactly = self._exact.sent_bytes if self._exact else 0
+        return by_sums + exactly + sum(mean.sent_bytes for mean in self._means)
 
     @property
     def lost(self) -> dict[str, torch.Tensor]:

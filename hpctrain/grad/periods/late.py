@@ -51,8 +51,11 @@ class Before:
         assert self.is_taken
         for place, p in enumerate(self._parameters):
             p.detach().copy_(self.values[place])
-            gathered = self._optimizer.state[p]
             kept = self.state[place]
+            if not kept:  # an entry without content would be one that lacks something
+                self._optimizer.state.pop(p, None)
+                continue
+            gathered = self._optimizer.state[p]
             for name in [name for name in gathered if name not in kept]:
                 del gathered[name]
             for name, value in kept.items():
@@ -123,7 +126,7 @@ class LateGradients:
 
     @staticmethod
     def count(parameters: Sequence[torch.Tensor]) -> int:
-        """Elements of what is told: the gradient, and behind it one flag a parameter."""
+        """Elements of what is told: the gradient, and behind it one flag a parameter, exactly."""
         return _gradient_end(parameters) + len(parameters)
 
     @staticmethod
@@ -226,11 +229,16 @@ class LateGradients:
             )
             for each in state["told"]
         )
-        if self.before and "values" in state:
-            self.before.is_taken = True
+        if self.before is None:
+            return
+        self.before.is_taken = "values" in state
+        if self.before.is_taken:
             for into, value in zip(self.before.values, state["values"], strict=True):
                 into.copy_(value)
-            self.before.state = [dict(kept) for kept in state["state"]]
+            self.before.state = [
+                {name: _copied(value, None) for name, value in kept.items()}
+                for kept in state["state"]
+            ]
 
     def _loaded(self, values: torch.Tensor | None) -> Flat | None:
         return None if values is None else self._copy_of(values)
@@ -278,13 +286,17 @@ class LateGradients:
 
 
 def _gradient_end(parameters: Sequence[torch.Tensor]) -> int:
-    """Where flags begin: elements that share a scale with them would lose all their bits."""
+    """Where flags begin: on a cache line, so that what is before them is cut as it would be."""
     return -(-elements_of(parameters) // GROUP) * GROUP
 
 
 def _as_gradient(view: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
-    values = torch.view_as_complex(view) if parameter.is_complex() else view
-    return values.to(parameter.dtype)
+    """A gradient as the parameter lies in memory: fused optimizers take both as they lie."""
+    if parameter.is_complex():
+        view = torch.view_as_complex(view.clone() if view.storage_offset() % 2 else view)
+    if view.stride() != parameter.stride():
+        return torch.empty_like(parameter).copy_(view)
+    return view.to(parameter.dtype)
 
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:

@@ -64,6 +64,21 @@ class Outer:
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
+class _Ahead:
+    """With merge = "eager": what of an exchange is taken in before and after it has come.
+
+    Attributes:
+        told: this rank's share in what is on the wire.
+        missing: what the others have told that has come and is not taken in.
+        has_come: one element, whether there is any.
+    """
+
+    def __init__(self, anchor: Flat) -> None:
+        self.told = anchor.again().tensor
+        self.missing = anchor.again().tensor
+        self.has_come = torch.zeros(1)
+
+
 class Changes:
     """One fragment whose change is sent.
 
@@ -85,11 +100,7 @@ class Changes:
         corrects = method.merge == "correct" and method.pull_lag > 0
         self._captured = self.anchor.again().tensor if corrects else None
         """The local parameters when they were captured."""
-        is_eager = method.merge == "eager"
-        self._told = self.anchor.again().tensor if is_eager else None
-        """This rank's share in what is on the wire."""
-        self._missing = self.anchor.again().tensor if is_eager else None
-        """What the others have told that has come and is not taken in."""
+        self._ahead = _Ahead(self.anchor) if method.merge == "eager" else None
 
     def capture(self, change: torch.Tensor) -> None:
         """Write what is to be told.
@@ -103,10 +114,11 @@ class Changes:
             self._captured.copy_(self._now.tensor)
         if self._method.merge == "replace" and self._method.pull_lag:
             self.anchor.scatter(self._local)  # what is told now is not to be told once more
-        if self._told is not None and self._missing is not None:
-            torch.mul(change, 1 / self._ranks, out=self._told)
-            self._outer.step(self._missing.add_(self._told))
-            self._missing.zero_()
+        if self._ahead:
+            torch.mul(change, 1 / self._ranks, out=self._ahead.told)
+            self._outer.step(self._ahead.missing.add_(self._ahead.told))
+            self._ahead.missing.zero_()
+            self._ahead.has_come.zero_()
             self.anchor.scatter(self._local)
 
     def pull(self, mean: torch.Tensor, is_last: bool = False) -> None:
@@ -117,8 +129,9 @@ class Changes:
             is_last: at the end of a run, where nothing else is on its way: local steps since the
                 capture are not given up, as a merge might.
         """
-        if self._told is not None and self._missing is not None:
-            torch.sub(mean, self._told, out=self._missing)
+        if self._ahead:
+            torch.sub(mean, self._ahead.told, out=self._ahead.missing)
+            self._ahead.has_come.fill_(1)
             return
         now = self._now.tensor
         if is_last and self._method.merge == "replace" and self._method.pull_lag:
@@ -150,15 +163,17 @@ class Changes:
         """What is to be averaged at the end, when nothing is on the wire."""
         self._now.gather(self._local)
         own = self._now.tensor - self.anchor.tensor
-        if self._missing is None:
+        if not self._ahead:
             return own
-        self._outer.step(self._missing)
-        self._missing.zero_()
+        if self._ahead.has_come:
+            self._outer.step(self._ahead.missing)
+            self._ahead.missing.zero_()
+            self._ahead.has_come.zero_()
         return own.add_(self.anchor.tensor)  # each rank has an anchor of its own
 
     def agree(self, mean: torch.Tensor) -> None:
         """Take the mean of what all ranks were ahead: they are all the same afterwards."""
-        if self._told is not None:
+        if self._ahead:
             self.anchor.tensor.copy_(mean)
         else:
             self.anchor.tensor.add_(mean)
@@ -171,14 +186,10 @@ class Changes:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Its state, for checkpoints; loaded by copying into them."""
-        named = {
-            "anchor": self.anchor.tensor,
-            "captured": self._captured,
-            "told": self._told,
-            "missing": self._missing,
-        }
-        kept = {name: tensor for name, tensor in named.items() if tensor is not None}
-        return kept | self._outer.tensors()
+        named = {"anchor": self.anchor.tensor}
+        if self._captured is not None:
+            named["captured"] = self._captured
+        return named | (vars(self._ahead) if self._ahead else {}) | self._outer.tensors()
 
 
 def compensate(

@@ -203,6 +203,10 @@ def mistakes_of(method: Method) -> Iterator[str]:
             f"pull_lag = {method.pull_lag} with merge = 'replace' gives up the local steps between "
             f"telling and taking in; allowed: 0, {method.period}, or merge = 'correct'"
         )
+    if method.merge == "compensate" and not method.pull_lag:
+        yield "merge = 'compensate' corrects for a delay; pull_lag must be at least 1"
+    if method.outer_clip and (method.outer == "adam" or not method.outer_momentum):
+        yield "outer_clip limits the momentum of outer = 'sgd' or 'nesterov'; there is none"
     for name, merge in (("mix", "mix"), ("compensation", "compensate")):
         if getattr(method, name) and method.merge != merge:
             yield f"{name} does nothing with merge = {method.merge!r}"

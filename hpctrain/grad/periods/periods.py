@@ -57,6 +57,7 @@ class Periods:
     Attributes:
         iteration: how many were done.
         exposed_s: how long the last step waited for the wire.
+        weight: this rank's share of the step's samples, for averaging buffers.
 
     Raises:
         MismatchError: the module is not the same on all ranks.
@@ -99,6 +100,7 @@ class Periods:
         replicas.check_same_model(control, self.world, module)
         replicas.broadcast_state(control, module)
         self._buffers = replicas.BufferSync(module, control, exchange.buffers)
+        self.weight = 1.0 / self.world.size
         cuts = fragments_of([p.numel() for p in self._parameters], method.fragments)
         self._fragments = [self._parameters[cut] for cut in cuts]
         self._late: LateGradients | None = None
@@ -145,7 +147,9 @@ class Periods:
             for action in self._schedule.after(self.iteration):
                 if action.of >= self._pulls_from:
                     self._act(action)
-        if self.iteration <= self.method.warmup + 2:
+        if self._late and self.method.pull_lag == 0:
+            self._average_buffers()
+        if self.iteration <= self.method.warmup + self.method.pull_lag + 2:
             self._check_memory()  # with copies of what the optimizer has made in its first step
         self._engine.poll()
 
@@ -159,6 +163,7 @@ class Periods:
         assert self._together
         with torch.no_grad():
             self.exposed_s = self._together.step(self.iteration)
+            self._average_buffers()
         if self.iteration >= self.method.warmup:
             self.begin_anew(self.iteration)
 
@@ -207,7 +212,8 @@ class Periods:
     def shared(self) -> Iterator[None]:
         """Inside, parameters are those that all ranks agree on, as for an evaluation. Collective.
 
-        With merge = "eager" no rank has the same; each has its own there too.
+        So are buffers. With merge = "eager" no rank has the same parameters; each has its own there
+        too.
         """
         own: list[Flat] = []
         before = self._late.before if self._late else None
@@ -223,6 +229,7 @@ class Periods:
                 flat.gather(part)
                 own.append(flat)
                 changes.anchor.scatter(part)
+        buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
         self._average_buffers()
         try:
             yield
@@ -231,6 +238,8 @@ class Periods:
             with torch.no_grad():
                 for part, flat in zip(parts, own, strict=False):
                     flat.scatter(part)
+                for name, buffer in self.module.named_buffers():
+                    buffer.copy_(buffers[name])
 
     @property
     def summary(self) -> str:
@@ -298,7 +307,8 @@ class Periods:
         )
 
     def _channel(self, place: str) -> Channel:
-        channel = self._engine.channel(f"periods {self._number}, {place}")
+        name = f"periods {self._number}, {place}"
+        channel = self._engine.channel(name, self.exchange.in_flight_bytes)
         weakref.finalize(self, channel.abandon)
         return channel
 
@@ -321,11 +331,13 @@ class Periods:
         made: list[Averager] = []
         for place, elements in enumerate(counts):
             channel, ways = self._channel(str(place)), made[0].ways if made else ()
-            made.append(Averager(channel, elements, dtype_of(self._parameters), options, ways))
+            flags = len(self._parameters) if method.sends == "gradients" else 0
+            dtype = dtype_of(self._parameters)
+            made.append(Averager(channel, elements, dtype, options, ways, exact=flags))
         return made
 
     def _average_buffers(self) -> None:
-        self._buffers.post(1.0 / self.world.size)
+        self._buffers.post(self.weight)
         self._buffers.finish()
 
     def _check_memory(self) -> None:
@@ -402,7 +414,7 @@ class Periods:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what this rank saved.
+        """Go on from what this rank saved. Collective.
 
         Raises:
             ExchangeError: it is the state of another method or of another model.
@@ -415,10 +427,14 @@ class Periods:
                 fix="keep [periods] as it was, or start anew",
                 everywhere=True,
             )
+        for averager in self._averagers:
+            averager.wait()  # what was on the wire of what is given up
         self.iteration = int(state["iteration"])
         self._pulls_from = int(state["pulls_from"])
+        if self.iteration < self.method.warmup and not self._together:
+            self._together = self._make_together()
         self._end_warmup()
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # it keeps the tensors
         kept = state["tensors"]
         with torch.no_grad():
             for place, averager in enumerate(self._averagers):

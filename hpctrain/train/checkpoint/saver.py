@@ -163,6 +163,11 @@ class Saver:
         written_s = (making.ended_s or now_s()) - making.begun_s
         return Saved(making.step, making.stall_s if making.on_thread else written_s, written_s)
 
+    def before_change(self) -> None:
+        """The optimizer's state is about to change otherwise than by its step. Not collective."""
+        if self._making and self._making.hooks:
+            self._wait_for_copy(self._making)()
+
     def wait(self, longest_s: float) -> bool:
         """Wait for the checkpoint in the making, but not for other ranks' main threads.
 

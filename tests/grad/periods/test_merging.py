@@ -126,6 +126,7 @@ def drawn(draw: random.Random) -> Method:
     pull_lag = {"eager": period, "replace": draw.choice((0, period))}.get(
         merge, draw.randint(0, period)
     )
+    momentum = draw.uniform(0.1, 0.95) if outer != "sgd" or draw.random() < 0.5 else 0.0
     method = Method(
         sends="changes",
         period=period,
@@ -136,8 +137,8 @@ def drawn(draw: random.Random) -> Method:
         fragments=draw.choice((1, 2, 3, 5)),
         outer=outer,
         outer_rate=draw.uniform(0.1, 1.0),
-        outer_momentum=draw.uniform(0.1, 0.95) if outer != "sgd" or draw.random() < 0.5 else 0.0,
-        outer_clip=draw.choice((0.0, 0.3)),
+        outer_momentum=momentum,
+        outer_clip=draw.choice((0.0, 0.3)) if momentum and outer != "adam" else 0.0,
         wire="same" if outer == "adam" else draw.choice(("same", *QUANTIZERS)),
     )
     assert not list(mistakes_of(method))

@@ -62,6 +62,22 @@ class Net(nn.Module):
         return self.last(x)
 
 
+class Averaging(nn.Module):
+    """What it is in training depends on a running mean, which each forward replaces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(WIDTH, 1)
+        self.register_buffer("mean", torch.zeros(WIDTH))
+
+    def forward(self, x: torch.Tensor, iteration: int) -> torch.Tensor:
+        del iteration
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.mean(0)
+        found: torch.Tensor = self.last(x - self.mean)
+        return found
+
+
 def net() -> Net:
     torch.manual_seed(7)
     return Net()
@@ -125,6 +141,114 @@ def test_without_a_lag_bits_are_those_of_every_step(world: World, optimizer: str
         loss_of(wrapped, world.rank, iteration).backward()
         updates.step()
     assert_same(parameters(model), parameters(plain))
+
+
+@pytest.mark.parametrize("buffers", ["broadcast", "average"])
+@pytest.mark.parametrize("preset", ["every_step", "diloco"])
+def test_buffers_are_those_of_every_step_while_nothing_is_late(
+    world: World, preset: str, buffers: str
+) -> None:
+    config = PeriodsConfig(preset=preset, warmup=0 if preset == "every_step" else STEPS)
+    exchange = dataclasses.replace(ORDERED, buffers=buffers)
+    torch.manual_seed(7)
+    plain, model = (Averaging() for _ in range(2))
+    plain.load_state_dict(model.state_dict())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    periods = Periods(model, optimizer, config, exchange=exchange, world=world)
+    go_on(periods, world.rank, STEPS)
+    wrapped = DataParallel(plain, exchange, world=world)
+    updates = torch.optim.SGD(plain.parameters(), lr=0.05)
+    for iteration in range(1, STEPS + 1):
+        updates.zero_grad()
+        loss_of(wrapped, world.rank, iteration).backward()
+        updates.step()
+    assert_same([*model.state_dict().values()], [*plain.state_dict().values()])
+
+
+@pytest.mark.parametrize("preset", ["od_sgd", "diloco", "eager_diloco"])
+def test_a_look_at_what_all_agree_on_changes_nothing(world: World, preset: str) -> None:
+    found = []
+    for looks in (False, True):
+        torch.manual_seed(7)
+        model = Averaging()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        config = PeriodsConfig(preset=preset)
+        periods = Periods(model, optimizer, config, exchange=ORDERED, world=world)
+        for step in (5, 9, STEPS):
+            go_on(periods, world.rank, step)
+            if looks:
+                with periods.shared():
+                    means = all_gather(engine_of(world).control, model.mean.clone())
+                    assert_same(means, [means[0]] * world.size)
+        found.append([*model.state_dict().values()])
+    assert_same(*found)
+
+
+@pytest.mark.parametrize("in_flight_bytes", [1 << 12, 1 << 16])
+@pytest.mark.parametrize("way", ["direct", "ring"])
+def test_more_elements_than_may_be_in_flight(world: World, way: str, in_flight_bytes: int) -> None:
+    count = 50_021
+    module = Quadratic(np.zeros(count, np.float32), [count])
+    periods = Periods(
+        module,
+        torch.optim.SGD(module.parameters(), lr=1.0),
+        exchange=ExchangeConfig(way=way, chunk_bytes=1 << 12, in_flight_bytes=in_flight_bytes),
+        world=world,
+    )
+    expected, base = torch.zeros(count), torch.arange(count) % 64.0
+    for step in range(1, 5):
+        module.parts[0].grad = -base * (world.rank + 1) * step * world.size
+        periods.step()
+        expected += base * step * sum(range(1, world.size + 1))
+    torch.testing.assert_close(module.parts[0].detach(), expected)
+
+
+@pytest.mark.parametrize("preset", ["every_step", "od_sgd", "diloco"])
+def test_parameters_that_lie_otherwise_in_memory(world: World, preset: str) -> None:
+    """Fused optimizers take a gradient as it lies, whatever its strides say."""
+    found = []
+    for fused in (False, True):
+        torch.manual_seed(7)
+        model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=fused)
+        config = PeriodsConfig(preset=preset, warmup=3)
+        periods = Periods(model, optimizer, config, exchange=ORDERED, world=world)
+        for step in range(6):
+            optimizer.zero_grad()
+            draw = torch.Generator().manual_seed(10 * step + world.rank)
+            model(torch.randn(2, 3, 8, 8, generator=draw)).square().mean().backward()
+            periods.step()
+        found.append(parameters(model))
+    torch.testing.assert_close(*found)
+
+
+def test_complex_parameter_behind_an_odd_number_of_elements(world: World) -> None:
+    module = nn.ParameterList(
+        [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2, dtype=torch.complex64))]
+    )
+    periods = Periods(module, torch.optim.SGD(module.parameters(), lr=1.0), world=world)
+    for p in module:
+        p.grad = torch.full_like(p, -1.0 if not p.is_complex() else -1j)
+    periods.step()
+    assert_same(parameters(module), [torch.ones(3), torch.full((2,), 1j)])
+
+
+@pytest.mark.parametrize("wire", QUANTIZERS)
+def test_parameters_that_nobody_has_used_stay_in_few_bits(world: World, wire: str) -> None:
+    """What rounding has lost of other iterations must not say that they were."""
+    module = Quadratic(np.ones(60, np.float32), [1] * 60)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.5, weight_decay=0.5)
+    config = PeriodsConfig(preset="every_step", wire=wire)
+    periods = Periods(module, optimizer, config, exchange=ORDERED, world=world)
+    draw = random.Random(3)
+    values = [1.0] * 60
+    for _ in range(30):
+        used = [{n for n in range(60) if draw.random() < 0.1} for _ in range(world.size)]
+        for n, p in enumerate(module.parameters()):
+            p.grad = torch.zeros_like(p) if n in used[world.rank] else None
+        periods.step()
+        values = [v * 0.75 if n in set.union(*used) else v for n, v in enumerate(values)]
+        assert [p.item() for p in module.parameters()] == pytest.approx(values)
 
 
 class Alone:
@@ -325,13 +449,13 @@ def test_any_method_with_gradients(world: World, seed: int) -> None:
     module = trained_towards(
         *(towards, start, [count], method, world, torch.optim.SGD), lr=RATE, momentum=momentum
     )
-    told = -(-count // GROUP) * GROUP + 1  # with a flag, behind whole groups
+    told = -(-count // GROUP) * GROUP  # whole groups; flags are not rounded
     wires = [mean_of(method, world.size)(told) for _ in range(LateGradients.slots(method))]
 
     def mean(rows: np.ndarray) -> np.ndarray:
         wires.append(wires.pop(0))  # iterations take turns on as many as are on the wire
         filled = np.zeros((world.size, told), np.float32)
-        filled[:, :count], filled[:, -1] = rows, 1.0
+        filled[:, :count] = rows
         return wires[-1](filled)[:count]
 
     every, _ = trained_late(
@@ -402,6 +526,41 @@ def test_resumed_training_has_the_same_bits(world: World, name: str, at: int) ->
     assert_same(parameters(other), parameters(model))
 
 
+@pytest.mark.parametrize("at", [3, 9])
+@pytest.mark.parametrize("preset", ["od_sgd", "diloco", "streaming_diloco"])
+def test_going_back_to_a_state(world: World, preset: str, at: int) -> None:
+    """Also from after the warm-up into it, with something else on the wire."""
+    method = dataclasses.replace(PRESETS[preset], warmup=5)
+    model, periods = train(method, "adamw", world, steps=at)
+    state = copy.deepcopy(periods.state_dict())
+    go_on(periods, world.rank, STEPS)
+    expected = parameters(model)
+    for _ in range(2):
+        periods.load_state_dict(state)
+        go_on(periods, world.rank, STEPS)
+        assert_same(parameters(model), expected)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_finishing_once_more_changes_nothing(world: World, name: str) -> None:
+    model, periods = train(PRESETS[name], "adamw", world)
+    periods.finish()
+    before = parameters(model)
+    periods.finish()
+    assert_same(parameters(model), before)
+
+
+def test_unused_parameters_leave_nothing_in_the_optimizer(world: World) -> None:
+    module = Quadratic(np.zeros(2, np.float32), [1, 1])
+    optimizer = torch.optim.AdamW(module.parameters())
+    config = PeriodsConfig(preset="od_sgd")
+    periods = Periods(module, optimizer, config, exchange=ORDERED, world=world)
+    for _ in range(4):
+        module.parts[0].grad = torch.ones(1)
+        periods.step()
+    assert list(optimizer.state_dict()["state"]) == [0]
+
+
 # ---------------------------------------------------------------------- mistakes
 
 
@@ -430,12 +589,13 @@ def test_optimizer_of_other_parameters(world: World) -> None:
         Periods(model, some, world=world)
 
 
-def test_memory_of_the_optimizers_state_counts_after_its_first_step(world: World) -> None:
-    method = PRESETS["od_sgd"]
+@pytest.mark.parametrize("lag", [1, 3])
+def test_memory_of_the_optimizers_state_counts_after_its_first_step(world: World, lag: int) -> None:
+    method = dataclasses.replace(PRESETS["od_sgd"], pull_lag=lag)
     _, periods = train(method, "adamw", world, steps=0)
     before_mb = periods.held_bytes() / 1e6
     with pytest.raises(ExchangeError, match="memory_limit_mb"):
-        train(method, "adamw", world, steps=2, limit_mb=before_mb * 1.001)
+        train(method, "adamw", world, steps=lag + 2, limit_mb=before_mb * 1.001)
 
 
 def test_way_that_does_nothing(world: World) -> None:
@@ -444,6 +604,19 @@ def test_way_that_does_nothing(world: World) -> None:
     exchange = ExchangeConfig(way="ring")
     with pytest.raises(ExchangeError, match="does nothing with integers"):
         Periods(model, optimizer, PeriodsConfig(wire="int8"), exchange=exchange, world=world)
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"preset": "co2", "outer_momentum": 0.0}, "outer_clip"),
+        ({"preset": "co2", "outer": "adam"}, "outer_clip"),
+        ({"merge": "compensate"}, "pull_lag must be at least 1"),
+    ],
+)
+def test_what_does_nothing_is_refused(values: dict[str, Any], text: str) -> None:
+    with pytest.raises(JobError, match=text):
+        PeriodsConfig(**values)
 
 
 def test_lag_of_a_whole_period_follows_the_period() -> None:
