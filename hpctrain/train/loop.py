@@ -112,7 +112,7 @@ class Trainer:
         self.device = device_of(world, train.device)
         parts.model.to(self.device)
         self.injection = Injection(
-            settings.inject, world.rank, self._computing_ranks(), clock=self._own_s
+            settings.inject, self._own_number(), self._computing_ranks(), clock=self._own_s
         )
         self.injection.follow(parts.model.parameters())
         if settings.exchange.deterministic:
@@ -172,7 +172,12 @@ class Trainer:
         """Whether the ranks that are left go on when others die; see train.recovery."""
         return self.world.size > 1 and tells_of_deaths(os.environ)
 
+    def _own_number(self) -> int:
+        """This rank among those of the whole run."""
+        return self.world.rank
+
     def _computing_ranks(self) -> Sequence[int]:
+        """Those of the whole run that compute."""
         return range(self.world.size)
 
     def open_exchange(self) -> None:

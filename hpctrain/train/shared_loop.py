@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,8 @@ from torch import nn
 
 from hpctrain.comm.collect import barrier_on
 from hpctrain.comm.engine import engine_of
-from hpctrain.errors import (
-    ExchangeError,
-    HpctrainError,
-    JobError,
-    StoppedError,
-    TrainingError,
-)
+from hpctrain.comm.part import PartEngine
+from hpctrain.errors import HpctrainError, RankDiedError, StoppedError
 from hpctrain.grad.shared.rounds import Child
 from hpctrain.grad.shared.shared import Shared, Turn
 from hpctrain.stop import StopRequest
@@ -35,6 +31,7 @@ from hpctrain.train.checkpoint.loading import load_newest
 from hpctrain.train.checkpoint.saver import Saved, Saver
 from hpctrain.train.checks import refused_exits
 from hpctrain.train.console import Console
+from hpctrain.train.inject import Injection
 from hpctrain.train.interrupt import told_when_interrupted
 from hpctrain.train.loop import LAST_WRITE_S, Trainer
 from hpctrain.train.metrics import StepFigures
@@ -105,14 +102,29 @@ class ChildTrainer(Trainer):
         """A child that loses a rank is left out."""
         return False
 
+    def _own_number(self) -> int:
+        return self.world.numbers[self.world.rank]
+
+    def _computing_ranks(self) -> Sequence[int]:
+        engine = engine_of(self.world)
+        assert isinstance(engine, PartEngine)
+        return _computing(engine.whole.world, self.settings)
+
     def play(self, turn: Turn) -> None:
         """Take the steps of a round, or as many as are left of it."""
         end = int(turn.values["step"])
         if not self.is_within(turn.values):
-            self.step_number = end - int(turn.values["steps"])
+            begin = end - int(turn.values["steps"])
+            if self.step_number < begin and not self._has_played:
+                turn.figures["note"] = (
+                    f"joins at step {begin} with a head of step {self.step_number}, the newest "
+                    "that it has a checkpoint of"
+                )
+            self.step_number = begin
             self.recording.figures.reported_at = self.step_number
             if turn.values["evaluates"]:
                 turn.figures["validation"] = self.evaluate()
+        self._has_played = True
         while self.step_number < end and not self._stops:
             self.step()
             self._is_told_to_stop()
@@ -144,6 +156,7 @@ class ChildTrainer(Trainer):
         return sums
 
     _mean_loss = math.nan
+    _has_played = False
 
 
 class SharedTrainer:
@@ -185,11 +198,13 @@ class SharedTrainer:
         self._child: ChildTrainer | None = None
         self._saver: Saver | None = None
         control = engine_of(world).control
+        Injection(settings.inject, world.rank, _computing(world, settings))  # is refused by all
         self._opened = open_run(control, parent, facts, chosen, fresh, settings.train.steps)
         self.run_folder = self._opened.folder
         barrier_on(control, "run folder")  # the last that all ranks do together
         if self.shared.is_root:
-            self._prepare_to_lead()
+            with _of_this_rank():
+                self._prepare_to_lead()
 
     def run(self) -> dict[str, float]:
         """Train to the last round. Returns the last evaluation's figures, on the root of all tasks.
@@ -199,7 +214,10 @@ class SharedTrainer:
             TrainingError: on the root, when too few children are left.
         """
         with told_when_interrupted(self.world, self._farewell, self._stop), refused_exits():
-            return self._lead() if self.shared.is_root else self._follow()
+            if not self.shared.is_root:
+                return self._follow()
+            with _of_this_rank():
+                return self._lead()
 
     def show_sample(self) -> None:
         """No task is that of the root."""
@@ -240,6 +258,8 @@ class SharedTrainer:
         if loaded:
             self._rounds.load_state_dict(loaded[0]["exchange"])
             self.step_number = int(loaded[1]["step"])
+            left = -(-(train.steps - self.step_number) // settings.shared.round_steps)
+            self._rounds.rounds = self._rounds.number + max(0, left)  # as the job has them now
         self._saver = Saver(
             self._control,
             self.run_folder.checkpoints,
@@ -279,7 +299,7 @@ class SharedTrainer:
                 step=end,
                 steps=end - begin,
                 saves=is_due,
-                evaluates=self._evaluates(begin, end),
+                evaluates=self._evaluates(begin),
             )
             if not was_played:
                 self._end_early()
@@ -289,50 +309,55 @@ class SharedTrainer:
                 self._save()
         self.recording.checkpoint(self.step_number, self._finish_saving())
         self.shared.end(stops=False, step=self.step_number)  # children put the last encoder in
-        figures = self._validation(self.step_number)
+        figures = self._validation(self.step_number, self._named(self._rounds.confirmed))
         self._close(is_finished=True)
         return figures
 
-    def _evaluates(self, begin: int, end: int) -> bool:
-        """Whether children evaluate at the beginning of a round."""
-        every, steps = self.settings.train.eval_every, end - begin
-        return bool(every) and begin > 0 and (begin // every > (begin - steps) // every)
+    def _evaluates(self, begin: int) -> bool:
+        """Whether children evaluate at the beginning of a round, after so many steps."""
+        every, steps = self.settings.train.eval_every, self.settings.shared.round_steps
+        return bool(every) and begin > 0 and begin // every > max(0, begin - steps) // every
 
     def _is_told_to_stop(self) -> bool:
         return self._stop.has_come or self.shared.is_told_to_stop
 
     def _end_early(self) -> None:
         """Save, have the children save where they are, and leave the rest for another launch."""
-        self.shared.end(stops=True, step=self.step_number)
         if self._saved_at != self.step_number:
             self._save()
+        self.shared.end(stops=True, step=self.step_number)
         self._close(is_finished=False)
         raise _stopped(self.step_number, self.settings.train.steps)
 
-    def _answers(self) -> list[tuple[str, Child]]:
-        """The children that made the last round, with their names."""
-        return [(self._names[n], self._rounds.children[n]) for n in self._rounds.answered]
+    def _named(self, numbers: Iterable[int]) -> dict[str, Child]:
+        """Children by their names."""
+        return {self._names[n]: self._rounds.children[n] for n in numbers}
 
     def _record(self, begin: int, step_s: float) -> None:
         """Write down a round, which began after so many steps."""
-        losses = {name: float(child.figures["loss"]) for name, child in self._answers()}
-        samples = {name: child.samples for name, child in self._answers()}
-        loss = sum(losses[name] * samples[name] for name in losses) / sum(samples.values())
+        answers = self._named(self._rounds.answered)
+        for name, child in answers.items():
+            if note := child.figures.get("note"):
+                self._say(f"{name} {note}")
+        losses = {name: float(child.figures["loss"]) for name, child in answers.items()}
+        known = [name for name, loss in losses.items() if not math.isnan(loss)]
+        samples = sum(answers[name].samples for name in known)
+        loss = math.nan
+        if known:
+            loss = sum(losses[name] * answers[name].samples for name in known) / samples
         self.recording.figures.pending.append(StepFigures(loss, math.nan, 0.0, step_s))
         self.recording.report(
             self.step_number,
             np.array([[loss, math.nan, 0.0, step_s]]),
             lambda step: {f"loss {name}": value for name, value in losses.items()},
         )
-        if any("validation" in child.figures for _, child in self._answers()):
-            self._validation(begin)
+        self._validation(begin, answers)
 
-    def _validation(self, step: int) -> dict[str, float]:
-        """Write down what children found with the encoder of after so many steps."""
+    def _validation(self, step: int, children: Mapping[str, Child]) -> dict[str, float]:
+        """Write down what children found with the encoder of after so many steps, if they did."""
         found = {
             f"{name} {key}": float(value)
-            for name, child in zip(self._names, self._rounds.children, strict=True)
-            if not child.gone
+            for name, child in children.items()
             for key, value in dict(child.figures.get("validation", {})).items()
         }
         losses = [value for key, value in found.items() if key.endswith(" loss")]
@@ -369,44 +394,44 @@ class SharedTrainer:
         shared = self.shared
         kind = shared.instruction()["kind"]
         encoder = self.tasks.encoder(**kind)
-        number = shared.child % len(self.tasks.names)
-        try:
-            parts = self.tasks.parts(number, encoder)
-        except JobError as error:
-            return self._give_up(error)
         settings = replace(
             self.settings,
             exchange=replace(self.settings.exchange, mode="allreduce"),
+            checkpoint=replace(self.settings.checkpoint, keep=self.settings.checkpoint.keep + 2),
             seed=self.settings.seed + 1 + shared.child,
         )
         trainer: ChildTrainer | None = None
         told = _Told(self._stop, shared)
 
-        def keeps(values: Mapping[str, Any]) -> bool:
+        def made(values: Mapping[str, Any]) -> ChildTrainer:
             nonlocal trainer
             if trainer is None:
                 trainer = self._child = self._make_child(parts, settings, values, told)
-            return trainer.is_within(values)
+            return trainer
 
         try:
-            for turn in shared.turns(encoder, _samples_of(parts), keeps):
-                assert trainer
-                trainer.play(turn)
+            parts = self.tasks.parts(shared.child % len(self.tasks.names), encoder)
+            samples = _samples_of(parts)
+            for turn in shared.turns(
+                encoder, samples, lambda values: made(values).is_within(values)
+            ):
+                made(turn.values).play(turn)
                 if turn.is_cut:
                     shared.stop()
-        except (JobError, TrainingError, ExchangeError) as error:
+            assert shared.ended
+            # If it is made only now it came too late for any round, or all are done.
+            child, stops = made(shared.ended), bool(shared.ended["stops"])
+            child._stops = stops
+            if not stops:
+                shared.take_last()
+            figures = child.leave()
+        except RankDiedError:
+            raise
+        except HpctrainError as error:
             return self._give_up(error)
-        assert shared.ended
-        stops = bool(shared.ended["stops"])
-        if trainer is None:  # it came too late for any round, or all are done
-            trainer = self._child = self._make_child(parts, settings, shared.ended, told)
-        trainer._stops = stops
-        if not stops:
-            shared.take_last()
-        figures = trainer.leave()
         shared.goodbye(validation=figures)
         if stops:
-            raise _stopped(trainer.step_number, self.settings.train.steps)
+            raise _stopped(child.step_number, self.settings.train.steps)
         return figures
 
     def _give_up(self, error: HpctrainError) -> dict[str, float]:
@@ -431,6 +456,23 @@ class SharedTrainer:
             stop=told,
             resumes_below=int(values["step"]) + 1,
         )
+
+
+def _computing(world: World, settings: Settings) -> list[int]:
+    """Ranks of the run that are not the root."""
+    return [rank for ranks in settings.shared.children(world.size) for rank in ranks]
+
+
+@contextmanager
+def _of_this_rank() -> Iterator[None]:
+    """What the root meets inside it meets alone: the children do not know, and are to end."""
+    try:
+        yield
+    except StoppedError:
+        raise
+    except HpctrainError as error:
+        error.everywhere = False
+        raise
 
 
 def _samples_of(parts: Parts) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -203,6 +204,61 @@ def test_ranks_killed_at_random_points(
         _, err = process.communicate()
         assert process.returncode not in (2, 75), err
     assert_ends_undisturbed(job, undisturbed, job(3, *RUN))
+
+
+def test_finished_run_goes_on_with_more_steps_in_other_rounds(
+    job: Launch, undisturbed_run: Path
+) -> None:
+    shutil.copytree(undisturbed_run, job.folder / "run")
+    ended = job(3, *RUN, "--set", "train.steps=43", "--set", "shared.round_steps=10")
+    assert ended.status == 0, ended.err
+    assert list(losses(job.folder / "run"))[-2:] == [40, 43]
+    for child in CHILDREN:
+        assert list(losses(job.folder / "run" / "children" / child))[-1] == 43
+
+
+def test_checkpoint_of_another_encoder_ends_all_with_one_error(
+    job: Launch, undisturbed_run: Path
+) -> None:
+    """Which the root meets alone, while the children wait for it."""
+    shutil.copytree(undisturbed_run, job.folder / "run")
+    ended = job(3, *RUN, "--set", "train.steps=43", "--set", "model.width=16", limit_s=60)
+    assert ended.status == 2, ended.err
+    assert ended.err.count("checkpoint is of another model") == 1
+
+
+@pytest.mark.slow
+def test_child_that_cannot_write_its_checkpoints_is_left_out(
+    job: Launch, undisturbed_run: Path
+) -> None:
+    shutil.copytree(undisturbed_run, job.folder / "run")
+    folder = job.folder / "run" / "children" / CHILDREN[0] / "checkpoints"
+    shutil.rmtree(folder)
+    folder.write_text("in the way")
+    ended = job(3, *RUN, "--set", "train.steps=43", limit_s=60)
+    assert ended.status == 0, ended.err
+    assert "00-first (rank 1" in ended.err and "is left out" in ended.err
+    assert list(losses(job.folder / "run"))[-1] == 43
+
+
+@pytest.mark.slow
+def test_child_without_a_checkpoint_that_fits_says_so(job: Launch, undisturbed_run: Path) -> None:
+    shutil.copytree(undisturbed_run, job.folder / "run")
+    for each in (job.folder / "run" / "children" / CHILDREN[0] / "checkpoints").glob("step-*"):
+        shutil.rmtree(each)
+    ended = job(3, *RUN, "--set", "train.steps=43")
+    assert ended.status == 0, ended.err
+    assert "00-first joins at step 30 with a head of step 0" in ended.err
+
+
+@pytest.mark.slow
+def test_ranks_that_are_struck_are_those_of_the_run(job: Launch) -> None:
+    ended = job(3, *RUN, "--set", "inject={kind='persistent', factor=2, ranks=[0]}")
+    assert ended.status == 2, ended.err
+    assert "inject.ranks names ranks that compute nothing" in ended.err
+    values = "inject={kind='kill', step=7, ranks=[2]}"
+    ended = job(3, *RUN, "--set", values)
+    assert ended.status not in (0, 2) and "kills rank 2 in step 7" in ended.err, ended.err
 
 
 @pytest.mark.parametrize("group", [1, pytest.param(2, marks=SLOW)])

@@ -67,6 +67,7 @@ class Rounds:
         is_open: whether a round is under way.
         answered: numbers of the children that made the last round.
         is_told_to_stop: whether a child was told to end.
+        is_ending: whether children were told that the run is over.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class Rounds:
         self._send, self._say = send, say
         self._deadline_s = deadline_s
         self.is_told_to_stop = False
+        self.is_ending = False
         self._rows: dict[int, torch.Tensor] = {}
         self._enough_s: float | None = None
         """Since when there is a quorum."""
@@ -150,7 +152,6 @@ class Rounds:
         elif packet.kind is Kind.REFUSE:
             self.leave_out(number, str(packet.values["reason"]))
         elif packet.kind is Kind.ANSWER:
-            child.figures = dict(packet.values["figures"])
             self._answer(number, packet)
         elif packet.kind is Kind.STOP:
             self.is_told_to_stop = True
@@ -170,6 +171,7 @@ class Rounds:
             self._say(f"{child.name} answers round {its} with values that are not finite: left out")
             child.spoilt = True
         else:
+            child.figures = dict(packet.values["figures"])
             self._rows[number] = row
 
     def leave_out(self, number: int, reason: str) -> None:
@@ -191,7 +193,7 @@ class Rounds:
             if now_s - child.heard_s > self._deadline_s and not child.is_done:
                 self.leave_out(number, f"no sign of life for {self._deadline_s:g} s")
         left, fewest = len(self._hopes), self._fewest
-        if left < fewest and not self.is_over:
+        if left < fewest and not self.is_over and not self.is_ending:
             whys = [c.gone or c.spoilt * "its answer was not finite" for c in self.children]
             gone = "; ".join(f"{self.children[n].name}: {why}" for n, why in enumerate(whys) if why)
             raise TrainingError(
@@ -258,6 +260,7 @@ class Rounds:
 
     def end(self, **values: Any) -> None:
         """Tell all children that the run is over, with the last parameters."""
+        self.is_ending = True
         for number in self.present:
             self._send(number, Packet(Kind.END, values, self.server.target))
 

@@ -154,8 +154,10 @@ class Shared:
         """On the root: tell the children that all is done, and wait for their last words."""
         self.rounds.end(**values)
         for child, ranks in enumerate(self.children):
-            for rank in ranks if self.rounds.children[child].gone else ():  # what is left of it
-                self._post.send(rank, Packet(Kind.END, values))
+            # Others of a child wait for it if theirs is left out, which may be so only later.
+            for rank in ranks if self.rounds.children[child].gone else ranks[1:]:
+                if rank not in self._post.dead:
+                    self._post.send(rank, Packet(Kind.END, values))
         self._attend(lambda _: self.rounds.has_ended)
         self._leave()
 
@@ -278,7 +280,7 @@ class Shared:
 
     @property
     def is_told_to_end(self) -> bool:
-        """On the rank that speaks for a child: whether the root has said that the run is over."""
+        """On a child: whether the root has said that the run is over."""
         return self._post.has(Kind.END)
 
     def wait_for_end(self) -> None:

@@ -112,6 +112,32 @@ def test_a_quorum_waits_for_its_time_of_grace() -> None:
     assert play.is_complete  # all that take part have answered
 
 
+def test_late_figures_are_not_those_of_a_round() -> None:
+    play = Play(quorum=2, grace_s=0.0)
+    play.confirm(0, 1, 2)
+    for _ in range(2):
+        play.rounds.begin()
+        play.answer(0, 1.0)
+        play.answer(1, 1.0)
+        assert play.is_complete
+        play.rounds.combine()
+    play.answer(2, 7.0, number=0)
+    assert play.rounds.children[2].figures == {}
+
+
+def test_nobody_is_missed_once_the_run_is_ending() -> None:
+    play = Play(children=2)
+    play.confirm(0, 1)
+    play.rounds.end(stops=True)
+    play.came(
+        0,
+        Packet(Kind.REFUSE, {"reason": "its disk is full"}),
+    )
+    play.came(1, Packet(Kind.BYE, {"figures": {}}))
+    play.rounds.look(1.0)
+    assert play.rounds.has_ended
+
+
 def test_who_is_late_joins_the_next_round() -> None:
     play = Play(quorum=2, grace_s=5.0)
     play.confirm(0, 1, 2)
