@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from left_behind import losses, parameters
+from torch import nn
 
 from hpctrain.world import World
 
@@ -65,6 +66,13 @@ checkpoint = { every = 10 }
 run = { report = false }
 shared = { tasks = ["first.py", "second.py"], round_steps = 5 }
 """
+
+
+def encoder() -> nn.Module:
+    """As the job's."""
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(0.1))
+
+
 RUN = ("-m", "hpctrain", "run", "job.toml", "--run-dir", "run")
 CHILDREN = ("00-first", "01-second")
 ULFM = ("--with-ft", "ulfm")
@@ -277,8 +285,15 @@ def test_group_evaluates_at_the_end(job: Launch) -> None:
     ended = job(3, *RUN, *sets)
     assert ended.status == 0, ended.err
     lines = (job.folder / "run" / "metrics.jsonl").read_text().splitlines()
-    evaluated = [line["step"] for line in map(json.loads, lines) if "validation" in line]
-    assert evaluated == [10, 20, 30]
+    evaluated = {line["step"]: line for line in map(json.loads, lines) if "validation" in line}
+    assert list(evaluated) == [10, 20, 30]
+    whole = nn.ModuleDict({"encoder": encoder(), "head": nn.Linear(8, 1)})
+    whole.load_state_dict(parameters(job.folder / "run" / "children" / CHILDREN[0]))
+    whole.eval()
+    x = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))[:8]
+    found = whole["head"](whole["encoder"](x)) - x.sum(1, keepdim=True).sin()
+    expected = pytest.approx(found.square().mean().item(), rel=1e-5)
+    assert evaluated[30]["validation"]["loss"] == expected  # of all data, by both ranks
 
 
 @pytest.mark.slow

@@ -280,8 +280,8 @@ class Shared:
 
     @property
     def is_told_to_end(self) -> bool:
-        """On a child: whether the root has said that the run is over."""
-        return self._post.has(Kind.END)
+        """On the rank that speaks for a child: whether the root has said that the run is over."""
+        return self.world.rank == 0 and self._post.has(Kind.END)
 
     def wait_for_end(self) -> None:
         """On a rank of a child that takes no part any more: stay until the run is over."""
