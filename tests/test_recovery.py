@@ -66,7 +66,7 @@ def resumed(
     return launch.folder / "run"
 
 
-CI = [("exchange", 2), ("evaluation", 0), ("save", 1)]
+CI = [("exchange", 2), ("save", 1)]
 ALL = [(place, rank) for place in PLACES for rank in range(3)]
 
 

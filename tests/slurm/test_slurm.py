@@ -107,8 +107,9 @@ def test_preempted_job_goes_on_where_it_was(
     assert "resumed at step" in job.told
 
 
+@pytest.mark.slow
 @pytest.mark.any_mpi
-@pytest.mark.parametrize("by_slurm", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("by_slurm", [False, True])
 def test_job_that_is_warned_of_its_time_limit_goes_on(
     slurm: SlurmBox,
     submitted: Submitter,

@@ -85,7 +85,7 @@ def test_end_of_a_run_and_what_comes_after(launch: Launch, runs: Path) -> None:
     assert {p: p.read_bytes() for p in runs.rglob("*") if p.is_file()} == before
 
 
-@pytest.mark.parametrize("ranks", [0, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_interrupted_run_says_how_to_go_on(launch: Launch, runs: Path, ranks: int) -> None:
     with training(launch, ranks, runs / "001") as process:
         os.kill(process.pid, signal.SIGINT)

@@ -45,7 +45,7 @@ run = { report = false }
 @pytest.mark.parametrize(
     "keys",
     [
-        pytest.param((), id="allreduce"),
+        pytest.param((), id="allreduce", marks=pytest.mark.slow),
         pytest.param(("exchange.mode=coded", "coded.blocks=2"), id="coded"),
         pytest.param(("checkpoint.asynchronous=false",), id="sync", marks=pytest.mark.slow),
     ],
