@@ -33,6 +33,7 @@ def test_a_part_is_a_world(world: World) -> None:
         world.seats[rank].launched_as for rank in mine
     ]
     assert part.is_root == (part.rank == 0)
+    assert part.name_of(part.rank) == world.name_of(world.rank)
     engine = engine_of(part)
     assert all_gather(engine.control, world.rank) == mine
     ticket = engine_of(world).control.post(lambda comm, tag: iter(()), "of all")

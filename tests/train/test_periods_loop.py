@@ -43,14 +43,16 @@ def make(world: World, shared_folder: Path) -> Make:
         )
         mode = "periods" if preset else "allreduce"
         words = preset.split()
-        name, wire, warmup = [*words, *("every_step", "same", "0")[len(words) :]]
+        unsaid = ("every_step", "same", "0", "broadcast")
+        name, wire, warmup, buffers = [*words, *unsaid[len(words) :]]
         periods = PeriodsConfig(preset=name, wire=wire, warmup=int(warmup))
+        rate = values.pop("lr", 0.01)
         train = {"steps": STEPS, "batch": 16, "micro_batch": 3, "eval_every": 5, **values}
         settings = Settings(
             train=TrainConfig(**train),
-            optimizer={"name": "adamw", "lr": 0.01},
+            optimizer={"name": "adamw", "lr": rate},
             schedule=ScheduleConfig(name="cosine", warmup=3),
-            exchange=ExchangeConfig(mode=mode, deterministic=True),
+            exchange=ExchangeConfig(mode=mode, deterministic=True, buffers=buffers),
             periods=periods,
             checkpoint=CheckpointConfig(every=5),
             run=RunConfig(report=False),
@@ -98,7 +100,7 @@ def test_clipping_is_that_of_the_other_mode(make: Make) -> None:
             torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4)
 
 
-RESUMED = ("od_sgd", "eager_diloco", "streaming_diloco int4", "diloco same 15")
+RESUMED = ("od_sgd", "eager_diloco", "streaming_diloco int4", "diloco same 15 local")
 RESUMED_SLOWLY = [*(name for name in PRESETS if name not in RESUMED), "od_sgd same 5"]
 
 
@@ -120,6 +122,22 @@ def test_resumed_run_ends_with_the_bits_of_one_that_was_not_interrupted(
     second = make("run", preset)
     assert second.step_number == 13
     assert_same(finish(second), expected)
+
+
+@pytest.mark.parametrize("preset", ["od_sgd", "diloco"])
+def test_resumed_run_takes_the_rate_that_the_job_has_now(make: Make, preset: str) -> None:
+    first = make("run", preset)
+    for _ in range(9):
+        first.step()
+    first.save()
+    first.finish_saving()
+    first.recording.abandon()
+    barrier_on(first.control)
+    second = make("run", preset, lr=0.02)
+    first.step()
+    second.step()
+    (was,), (now,) = first.optimizer.param_groups, second.optimizer.param_groups
+    assert now["lr"] == pytest.approx(2 * was["lr"])
 
 
 @pytest.mark.parametrize("preset", ["one_late", "od_sgd", "diloco", "overlap_local"])

@@ -112,6 +112,20 @@ def test_a_quorum_waits_for_its_time_of_grace() -> None:
     assert play.is_complete  # all that take part have answered
 
 
+@pytest.mark.parametrize(
+    ("ranks", "values", "text"),
+    [
+        (3, {"tasks": ["a.py", "b.py", "c.py"]}, "more tasks than children"),
+        (4, {"group": 2}, "children of shared.group ranks each"),
+        (1, {}, "children of shared.group ranks each"),
+        (3, {"quorum": 3}, "not so many children"),
+    ],
+)
+def test_ranks_that_make_no_such_children(ranks: int, values: dict[str, Any], text: str) -> None:
+    with pytest.raises(JobError, match=text):
+        SharedConfig(**values).children(ranks)
+
+
 def test_late_figures_are_not_those_of_a_round() -> None:
     play = Play(quorum=2, grace_s=0.0)
     play.confirm(0, 1, 2)
