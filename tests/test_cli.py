@@ -142,6 +142,7 @@ def test_killed_run_resumes_and_ends_with_the_same_bits(launch: Launch) -> None:
     assert losses(run) == losses(launch.folder / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.any_mpi
 def test_main_job_in_short(launch: Launch) -> None:
     ended = launch(
@@ -252,6 +253,7 @@ def test_report_of_no_run_is_refused(launch: Launch) -> None:
     assert "Traceback" not in ended.err
 
 
+@pytest.mark.slow
 @pytest.mark.any_mpi
 def test_data_that_ends_early_on_one_rank_ends_all_with_one_message(launch: Launch) -> None:
     job = launch.job(

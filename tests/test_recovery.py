@@ -66,7 +66,7 @@ def resumed(
     return launch.folder / "run"
 
 
-CI = [("exchange", 2), ("save", 1)]
+CI = [("save", 1)]
 ALL = [(place, rank) for place in PLACES for rank in range(3)]
 
 
@@ -143,6 +143,7 @@ def test_the_bits_are_those_of_a_run_resumed_on_so_many(
             assert losses(launch.folder / "run")[number] == pytest.approx(loss, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_one_dies_after_another_until_one_is_left(launch: Launch) -> None:
     ended = suffer(launch, 3, "compute 2 3,save 0 10")  # its third step is taken twice
     assert len(re.findall(r"warning: rank \d .* died in step", ended.err)) == 2
@@ -164,6 +165,7 @@ def test_too_few_are_left(launch: Launch) -> None:
     assert "Traceback" not in ended.err
 
 
+@pytest.mark.slow
 def test_a_death_before_training_is_told_once(launch: Launch) -> None:
     launch.job(MODULE, KEYS, name="job")
     ended = launch(3, *RUN, options=LET_LIVE, DIE="setup 0 0")

@@ -334,6 +334,7 @@ def test_a_bad_job_is_not_started_again(launch: Launch) -> None:
     assert ended.err.count("unknown key") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.launch
 @pytest.mark.any_mpi
 def test_a_fault_of_the_job_is_told_with_its_place_each_time(launch: Launch) -> None:

@@ -130,6 +130,7 @@ def test_without_slurm(launch: Launch) -> None:
     assert "there is no sbatch here" in ended.err
 
 
+@pytest.mark.slow
 def test_submit_has_no_part_in_what_is_trained(launch: Launch) -> None:
     """The same run goes on when other nodes are asked for."""
     launch.job(MODULE, KEYS, name="digits")

@@ -167,7 +167,9 @@ def test_dead_worker_changes_no_bit(
 @pytest.mark.parametrize(
     ("ranks", "keys", "dead"),
     [
-        pytest.param(4, ("coded.root=dedicated",), (1, 3), id="two of three"),
+        pytest.param(
+            4, ("coded.root=dedicated",), (1, 3), id="two of three", marks=pytest.mark.slow
+        ),
         pytest.param(3, ("coded.copies=1",), (1,), id="one copy", marks=pytest.mark.slow),
         pytest.param(2, ("coded.copies=1",), (1,), id="one left", marks=pytest.mark.slow),
     ],

@@ -92,7 +92,7 @@ def assert_saved(launch: Launch, ended: Ended) -> int:
         ("allreduce", "training", 1),
         pytest.param("allreduce", "evaluation", 0, marks=pytest.mark.slow),
         pytest.param("coded", "training", 1, marks=pytest.mark.slow),
-        ("coded", "evaluation", 0),
+        pytest.param("coded", "evaluation", 0, marks=pytest.mark.slow),
         pytest.param("allreduce", "training", 0, marks=pytest.mark.slow),
         pytest.param("allreduce", "evaluation", 1, marks=pytest.mark.slow),
         pytest.param("coded", "training", 0, marks=pytest.mark.slow),
@@ -140,6 +140,7 @@ def test_a_step_that_is_saved_is_not_saved_again(launch: Launch) -> None:
     assert len(saves) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.any_mpi
 def test_a_run_that_lost_a_rank_is_told(
     launch: Launch, undisturbed: Undisturbed, world: World
@@ -160,6 +161,7 @@ def test_a_run_that_lost_a_rank_is_told(
     assert_same_parameters(launch.folder / "told", expected)
 
 
+@pytest.mark.slow
 def test_the_launcher_passes_the_word_on(launch: Launch) -> None:
     """As the batch script asks it to."""
     launch.job(MODULE, KEYS, name="job")

@@ -66,7 +66,7 @@ def deaths(*faults: Fault) -> list[dict[str, Any]]:
     [
         ((1, 1, "compute"), (2, 12, "backward"), "TCP"),
         pytest.param((2, 4, "done"), (3, 1, "backward"), "shared memory", marks=pytest.mark.slow),
-        ((3, 8, "compute"), (1, 8, "done"), "shared memory"),
+        pytest.param((3, 8, "compute"), (1, 8, "done"), "shared memory", marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -97,7 +97,8 @@ def test_any_two_of_four_workers_die(
     suffer(launch, deaths(first, second), over, ranks=5, root="dedicated")
 
 
-@pytest.mark.parametrize("over", [pytest.param("shared memory", marks=pytest.mark.slow), "TCP"])
+@pytest.mark.slow
+@pytest.mark.parametrize("over", ["shared memory", "TCP"])
 def test_worker_that_stood_still_goes_on_where_the_others_are(launch: Launch, over: str) -> None:
     told = suffer(
         *(launch, [{"rank": 1, "step": 6, "when": "stop"}], over),
