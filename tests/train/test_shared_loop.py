@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -75,6 +76,8 @@ def encoder() -> nn.Module:
 
 RUN = ("-m", "hpctrain", "run", "job.toml", "--run-dir", "run")
 CHILDREN = ("00-first", "01-second")
+LOOK_S = 0.005
+"""How often a run is looked at, which needs the cores."""
 ULFM = ("--with-ft", "ulfm")
 
 
@@ -150,7 +153,7 @@ def test_run_that_is_told_to_end_goes_on_with_the_same_bits(
     if who == 0:  # the root computes no loss: the launcher tells it, and all others
         process = job.start(3, *RUN)
         while not list(job.folder.glob("run/children/*/step")) and process.poll() is None:
-            pass
+            time.sleep(LOOK_S)
         process.send_signal(signal.SIGUSR1)
         _, err = process.communicate()
         status = process.returncode
@@ -209,6 +212,7 @@ def test_ranks_killed_at_random_points(
             if done - begun >= lines and (job.folder / "run" / "checkpoints").exists():
                 os.kill(int((job.folder / f"pid-{victim}").read_text()), signal.SIGKILL)
                 break
+            time.sleep(LOOK_S)
         _, err = process.communicate()
         assert process.returncode not in (2, 75), err
     assert_ends_undisturbed(job, undisturbed, job(3, *RUN))
