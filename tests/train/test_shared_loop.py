@@ -206,11 +206,14 @@ def test_ranks_killed_at_random_points(
     for _ in range(3):
         victim, lines = draw.choice((0, 0, 1, 2)), draw.randint(0, 5)
         begun = metrics.read_text().count("\n") if metrics.exists() else 0
+        told = job.folder / f"pid-{victim}"
+        told.unlink(missing_ok=True)  # of the launch before
         process = job.start(3, *RUN)
         while process.poll() is None:
             done = metrics.read_text().count("\n") if metrics.exists() else 0
-            if done - begun >= lines and (job.folder / "run" / "checkpoints").exists():
-                os.kill(int((job.folder / f"pid-{victim}").read_text()), signal.SIGKILL)
+            is_there = told.exists() and (job.folder / "run" / "checkpoints").exists()
+            if done - begun >= lines and is_there and (number := told.read_text()):
+                os.kill(int(number), signal.SIGKILL)
                 break
             time.sleep(LOOK_S)
         _, err = process.communicate()
