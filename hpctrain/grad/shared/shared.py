@@ -285,7 +285,7 @@ class Shared:
 
     def wait_for_end(self) -> None:
         """On a rank of a child that takes no part any more: stay until the run is over."""
-        while not self._is_root_lost():
+        while self.ended is None and not self._is_root_lost():
             if any(packet.kind is Kind.END for _, packet in self._post.take()):
                 break
             self._post.wait(self._is_root_lost)

@@ -131,6 +131,25 @@ def test_groups_of_ranks_average_their_gradients(world: World) -> None:
     barrier_on(engine_of(world).control)
 
 
+def test_child_that_fails_after_the_last_turn_keeps_nobody_waiting(world: World) -> None:
+    """It has heard of the end already."""
+    if world.size < 3:
+        return
+    shared = Shared(SharedConfig())
+    said: list[str] = []
+    if shared.is_root:
+        shared.lead(encoder(6), 1, kind={"width": 6}, say=said.append)
+        assert any("its disk is full" in text for text in said)
+    elif shared.child == 0:
+        for _ in shared.turns(encoder(**shared.instruction()["kind"]), samples=1):
+            pass
+        shared.refuse("its disk is full")
+        shared.wait_for_end()
+    else:
+        follow(shared)
+    barrier_on(engine_of(world).control)
+
+
 def test_another_encoder_is_left_out(world: World) -> None:
     if world.size < 3:
         return
