@@ -278,7 +278,8 @@ def main() -> None:
             shutil.rmtree(folder)
     table = [harness.table(rows_of(figures))] if "wall" in figures else []
     # Losses after a few steps say nothing.
-    meant = {key: of for key, of in figures.items() if not options.quick or "loss" not in key}
+    unjudged = ("loss_over_sync", "sooner") if options.quick else ()
+    meant = {key: of for key, of in figures.items() if key not in unjudged}
     harness.finish("\n".join([*table, *judged(meant)]), figures, options.save)
 
 
