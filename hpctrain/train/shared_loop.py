@@ -198,7 +198,7 @@ class SharedTrainer:
         self._child: ChildTrainer | None = None
         self._saver: Saver | None = None
         control = engine_of(world).control
-        Injection(settings.inject, world.rank, _computing(world, settings))  # is refused by all
+        Injection(settings.inject, world.rank, _computing(world, settings))  # or all refuse it
         self._opened = open_run(control, parent, facts, chosen, fresh, settings.train.steps)
         self.run_folder = self._opened.folder
         barrier_on(control, "run folder")  # the last that all ranks do together

@@ -286,7 +286,7 @@ class LateGradients:
 
 
 def _gradient_end(parameters: Sequence[torch.Tensor]) -> int:
-    """Where flags begin: on a cache line, so that what is before them is cut as it would be."""
+    """Where flags begin: behind whole groups of elements that share a scale."""
     return -(-elements_of(parameters) // GROUP) * GROUP
 
 

@@ -64,7 +64,7 @@ class Outer:
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
-class _Ahead:
+class _Eager:
     """With merge = "eager": what of an exchange is taken in before and after it has come.
 
     Attributes:
@@ -100,7 +100,7 @@ class Changes:
         corrects = method.merge == "correct" and method.pull_lag > 0
         self._captured = self.anchor.again().tensor if corrects else None
         """The local parameters when they were captured."""
-        self._ahead = _Ahead(self.anchor) if method.merge == "eager" else None
+        self._eager = _Eager(self.anchor) if method.merge == "eager" else None
 
     def capture(self, change: torch.Tensor) -> None:
         """Write what is to be told.
@@ -114,11 +114,11 @@ class Changes:
             self._captured.copy_(self._now.tensor)
         if self._method.merge == "replace" and self._method.pull_lag:
             self.anchor.scatter(self._local)  # what is told now is not to be told once more
-        if self._ahead:
-            torch.mul(change, 1 / self._ranks, out=self._ahead.told)
-            self._outer.step(self._ahead.missing.add_(self._ahead.told))
-            self._ahead.missing.zero_()
-            self._ahead.has_come.zero_()
+        if self._eager:
+            torch.mul(change, 1 / self._ranks, out=self._eager.told)
+            self._outer.step(self._eager.missing.add_(self._eager.told))
+            self._eager.missing.zero_()
+            self._eager.has_come.zero_()
             self.anchor.scatter(self._local)
 
     def pull(self, mean: torch.Tensor, is_last: bool = False) -> None:
@@ -129,9 +129,9 @@ class Changes:
             is_last: at the end of a run, where nothing else is on its way: local steps since the
                 capture are not given up, as a merge might.
         """
-        if self._ahead:
-            torch.sub(mean, self._ahead.told, out=self._ahead.missing)
-            self._ahead.has_come.fill_(1)
+        if self._eager:
+            torch.sub(mean, self._eager.told, out=self._eager.missing)
+            self._eager.has_come.fill_(1)
             return
         now = self._now.tensor
         if is_last and self._method.merge == "replace" and self._method.pull_lag:
@@ -163,17 +163,17 @@ class Changes:
         """What is to be averaged at the end, when nothing is on the wire."""
         self._now.gather(self._local)
         own = self._now.tensor - self.anchor.tensor
-        if not self._ahead:
+        if not self._eager:
             return own
-        if self._ahead.has_come:
-            self._outer.step(self._ahead.missing)
-            self._ahead.missing.zero_()
-            self._ahead.has_come.zero_()
+        if self._eager.has_come:
+            self._outer.step(self._eager.missing)
+            self._eager.missing.zero_()
+            self._eager.has_come.zero_()
         return own.add_(self.anchor.tensor)  # each rank has an anchor of its own
 
     def agree(self, mean: torch.Tensor) -> None:
         """Take the mean of what all ranks were ahead: they are all the same afterwards."""
-        if self._ahead:
+        if self._eager:
             self.anchor.tensor.copy_(mean)
         else:
             self.anchor.tensor.add_(mean)
@@ -189,7 +189,7 @@ class Changes:
         named = {"anchor": self.anchor.tensor}
         if self._captured is not None:
             named["captured"] = self._captured
-        return named | (vars(self._ahead) if self._ahead else {}) | self._outer.tensors()
+        return named | (vars(self._eager) if self._eager else {}) | self._outer.tensors()
 
 
 def compensate(
