@@ -7,7 +7,9 @@ ends the whole run, with the stacks of all its threads.
 
 from __future__ import annotations
 
+import atexit
 import faulthandler
+import functools
 import io
 import os
 import shutil
@@ -113,14 +115,21 @@ class Ended:
     took_s: float
 
 
+@functools.cache
+def _scratch() -> str:
+    """Where launchers keep their files, which a killed one leaves to the next of its number."""
+    folder = tempfile.mkdtemp(prefix="launch-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 class Launch:
     """Starts commands on several ranks, in a folder of their own, and waits for their end."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.environment = {
-            k: v for k, v in os.environ.items() if not k.startswith(LAUNCHER)
-        } | OPEN_MPI
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHER)}
+        self.environment = {**inherited, **OPEN_MPI, "TMPDIR": _scratch()}
 
     def start(
         self, ranks: int, *command: str | Path, options: Sequence[str] = (), **environment: str

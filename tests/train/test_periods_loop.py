@@ -124,6 +124,27 @@ def test_resumed_run_ends_with_the_bits_of_one_that_was_not_interrupted(
     assert_same(finish(second), expected)
 
 
+@pytest.mark.parametrize(("before", "after"), [("", "od_sgd"), ("diloco", ""), ("", "diloco")])
+def test_checkpoint_of_the_other_mode_goes_on(
+    make: Make, before: str, after: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = make("run", before)
+    while first.step_number < 13:
+        first.step()
+    first.save()
+    first.finish_saving()
+    first.recording.abandon()
+    saved = parameters(first.run_folder.path)
+    barrier_on(first.control)
+    second = make("run", after)
+    assert second.step_number == 13
+    assert_same(dict(second.parts.model.state_dict()), saved)
+    if after:
+        assert "the checkpoint is of another exchange.mode" in caplog.text
+    finish(second)
+    assert second.step_number == STEPS
+
+
 @pytest.mark.parametrize("preset", ["od_sgd", "diloco"])
 def test_resumed_run_takes_the_rate_that_the_job_has_now(make: Make, preset: str) -> None:
     first = make("run", preset)

@@ -121,6 +121,7 @@ def assert_ends_undisturbed(
     for found, expected in zip(all_parameters(launch.folder / "run"), undisturbed, strict=True):
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert None not in losses(launch.folder / "run").values()
 
 
 def test_rounds_are_recorded_by_child(undisturbed_run: Path) -> None:

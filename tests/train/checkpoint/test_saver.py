@@ -187,6 +187,34 @@ def test_state_that_is_loaded_into_the_optimizer_waits_too(
     assert_goes_on_as_if_never_interrupted(tmp_path, 1, 2)
 
 
+def test_state_that_is_about_to_be_put_back_waits_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer = parts()
+    train(model, optimizer, 1)
+    made = saver(alone(), tmp_path, asynchronous=True)
+    copying = Gate(monkeypatch, copies.ctypes, "memmove")
+    save_all(made, model, optimizer, 1)
+    assert copying.reached.wait(LONG_S)
+
+    def put_back() -> None:
+        made.before_change()
+        with torch.no_grad():
+            optimizer.state_dict()["state"][0]["exp_avg"].zero_()
+
+    changes = threading.Thread(target=put_back)
+    assert made._making
+    waiting = told_when_waited_for(monkeypatch, made._making.copied)
+    changes.start()
+    assert waiting.wait(LONG_S)
+    assert optimizer.state_dict()["state"][0]["exp_avg"].any()
+    copying.opened.set()
+    changes.join(LONG_S)
+    assert not optimizer.state_dict()["state"][0]["exp_avg"].any()
+    made.finish()
+    assert_goes_on_as_if_never_interrupted(tmp_path, 1, 2)
+
+
 def test_steps_that_are_taken_in_the_forward_find_everything_copied(tmp_path: Path) -> None:
     model, optimizer = parts()
     train(model, optimizer, 1)
