@@ -4,7 +4,8 @@
   each with the learning rate that is best for it on the same grid, mean of seeds.
 - `sooner`: the main job on two hosts with links of 50 Mbit/s and a constant learning rate: when
   Streaming DiLoCo has the validation loss that synchronous training has after so many seconds
-  of training. Evaluations are how that is found out: their time counts for neither.
+  of training, median of seeds. Evaluations are how that is found out: their time counts for
+  neither, and for both in `sooner_with_evaluations`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +59,7 @@ SOONER_METHOD = (
 """The link has room for a shorter period than the preset's, which then wants less momentum."""
 SOONER_WARMUP = 20
 """Iterations together: few, since each takes half a second there."""
-SOONER_EVERY, QUICK_SOONER_EVERY = 50, 5
+SOONER_EVERY, QUICK_SOONER_EVERY = 100, 5
 """Steps from one evaluation to the next."""
 
 # ---------------------------------------------------------------- loss
@@ -128,42 +130,77 @@ def told(run: Path) -> list[dict[str, Any]]:
 # ---------------------------------------------------------------- sooner
 
 
+@dataclass(frozen=True)
+class Evaluated:
+    """Seconds of training until an evaluation, seconds with all evaluations so far, the loss."""
+
+    training_s: float
+    wall_s: float
+    loss: float
+
+
 def sooner_figures(quick: bool, folder: Path) -> dict[str, Any]:
     """How much sooner Streaming DiLoCo has the loss that synchronous training reaches in time."""
     limit_s = QUICK_SYNC_S if quick else SYNC_S
+    every = QUICK_SOONER_EVERY if quick else SOONER_EVERY
     common = ["train.steps=100000", "run.report=false", "checkpoint.every=0"]
     common += ["schedule.name='constant'", "exchange.way='direct'"]  # of two, no other is better
-    every = QUICK_SOONER_EVERY if quick else SOONER_EVERY
     common += [f"train.eval_every={every}", f"run.log_every={every}"]
     common += [f"optimizer.lr={SOONER_RATE}"]
-    sync = curve(folder / "sync", common, limit_s)
     streaming = ["exchange.mode='periods'", *(f"periods.{each}" for each in SOONER_METHOD)]
     streaming += [f"periods.warmup={0 if quick else SOONER_WARMUP}"]
-    loss = min(loss for _, loss in sync)
-    ours = curve(folder / "streaming", [*common, *streaming], limit_s, until=loss)
-    reached_s = next((s for s, value in ours if value <= loss), float("inf"))
-    sync_s = next(s for s, value in sync if value <= loss)
-    return {"sooner": sync_s / reached_s, "loss": loss, "sync": sync, "streaming": ours}
+    found: dict[str, Any] = {"sooner_by_seed": [], "with_evaluations_by_seed": [], "curves": []}
+    for seed in SEEDS[:1] if quick else SEEDS:
+        seeded = [*common, f"seed={seed}"]
+        sync = curve(folder / f"sync-{seed}", seeded, limit_s)
+        loss = min(each.loss for each in sync if each.training_s <= limit_s)
+        ours = curve(folder / f"streaming-{seed}", [*seeded, *streaming], limit_s, until=loss)
+        of_training = sooner(sync, ours, limit_s, lambda each: each.training_s)
+        of_all = sooner(sync, ours, limit_s, lambda each: each.wall_s)
+        sys.stderr.write(f"seed {seed}: {of_training:.2f} times sooner, {of_all:.2f} with all\n")
+        found["sooner_by_seed"].append(of_training)
+        found["with_evaluations_by_seed"].append(of_all)
+        found["curves"].append({"sync": [*map(astuple, sync)], "streaming": [*map(astuple, ours)]})
+    return {
+        "sooner": statistics.median(found["sooner_by_seed"]),
+        "sooner_with_evaluations": statistics.median(found["with_evaluations_by_seed"]),
+        **found,
+    }
 
 
-def curve(
-    run: Path, values: list[str], limit_s: float, until: float = 0.0
-) -> list[tuple[float, float]]:
-    """Seconds of training, and the validation loss then."""
+def sooner(
+    sync: Sequence[Evaluated],
+    ours: Sequence[Evaluated],
+    limit_s: float,
+    clock: Callable[[Evaluated], float],
+) -> float:
+    """How much sooner one has the best loss that the other reaches within the limit."""
+    best = min((each for each in sync if clock(each) <= limit_s), key=lambda each: each.loss)
+    reached_s = next((clock(each) for each in ours if each.loss <= best.loss), float("inf"))
+    return clock(best) / reached_s
+
+
+def curve(run: Path, values: list[str], limit_s: float, until: float = 0.0) -> list[Evaluated]:
+    """Evaluations until the limit of training, or until a loss is reached."""
     sets = [word for value in values for word in ("--set", value)]
     words = [sys.executable, "-m", "hpctrain", "run", str(MAIN_JOB), "--run-dir", str(run), *sets]
-    found: list[tuple[float, float]] = []
+    found: list[Evaluated] = []
+    begun_s: float | None = None
     with cluster.Cluster(2, SLOW_RATE) as made:
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         one_core = ("-x", "OMP_NUM_THREADS=1")  # is what each of the two has
         process = made.start("head", [*made.launcher(1), *one_core, *words], **quiet)
         while process.poll() is None:
             time.sleep(0.5)
-            found = trained(run)
-            if found and (found[-1][0] > limit_s or found[-1][1] <= until):
+            if begun_s is None and (run / "step").exists():
+                begun_s = time.monotonic()
+            for training_s, loss in trained(run)[len(found) :]:
+                assert begun_s is not None
+                found.append(Evaluated(training_s, time.monotonic() - begun_s, loss))
+            if found and (found[-1].training_s > limit_s or found[-1].loss <= until):
                 process.kill()  # the job itself ends with the cluster
                 process.wait()
-    return [(s, loss) for s, loss in found if s <= limit_s]
+    return found
 
 
 def trained(run: Path) -> list[tuple[float, float]]:
