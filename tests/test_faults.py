@@ -231,7 +231,8 @@ def test_rank_that_never_joins_is_named(launch: Launch) -> None:
     ended = launch(3, script, limit_s=60)
     # MPICH's launcher gives the status of a rank that it killed now and then.
     assert ended.status in (3, 9), ended.err
-    assert ended.err.count("MPI_Init has not finished for 10 s") == 1
+    # Once, unless the launcher is too busy to end the other one before its own time is over.
+    assert ended.err.count("MPI_Init has not finished for 10 s") in (1, 2)
     assert "started 3 processes" in ended.err
     pid = (launch.folder / "pid-1").read_text()
     assert re.search(rf"missing: rank 1 \(.*\), process {pid}, has not come", ended.err)
