@@ -79,11 +79,20 @@ def test_gradients_that_are_lent_have_the_same_bits(world: World, name: str) -> 
     """Those of workers to the root, and its sums to them; more steps than an arena has room for."""
     run = Run(world, make(name), root="working", copies=world.size)
     run.to(3 * ROUNDS)
+    assert lenders_of(run) <= {*range(world.size)}  # of who is behind, others may do the work
+
+
+@pytest.mark.usefixtures("lends_also_what_is_small")
+def test_all_lend_who_must_compute(world: World) -> None:
+    run = Run(world, make("perceptron"), root="working", copies=1)
+    run.to(3 * ROUNDS)
+    assert lenders_of(run) == ({*range(1, world.size)} if world.is_root else {0})
+
+
+def lenders_of(run: Run) -> set[int]:
+    """Ranks whose memory this one has read."""
     lending = run.coded._desk._lending
-    assert (lending is not None) == (world.size > 1)
-    if lending:
-        lenders = {*range(1, world.size)} if world.is_root else {0}
-        assert {source for source, _ in lending._seen} == lenders
+    return {source for source, _ in lending._seen} if lending else set()
 
 
 @pytest.mark.usefixtures("lends_also_what_is_small")
@@ -315,12 +324,12 @@ def test_a_slow_root_is_not_silent(world: World) -> None:
     def loss(subset: Subset) -> torch.Tensor:
         if world.rank == 0 and run.coded.step_number == 1:
             begun_s = time.monotonic()
-            while time.monotonic() - begun_s < 1.0:
+            while time.monotonic() - begun_s < 3.0:
                 time.sleep(POLL_S)
         return loss_of(run.module, subset)
 
     data = Data((2,) * world.size)
-    run = Run(world, make("perceptron"), data, loss=loss, copies=1, silent_s=0.3, lost_s=0.6)
+    run = Run(world, make("perceptron"), data, loss=loss, copies=1, silent_s=1.0, lost_s=2.0)
     run.to(3)
     assert run.checked == 3
 
