@@ -77,7 +77,9 @@ def test_digits_reach_their_accuracy_and_leave_a_whole_run_folder(launch: Launch
     assert (run / "report.html").is_file()
 
 
-@pytest.mark.parametrize("option", ["", pytest.param("--no-live", marks=pytest.mark.any_mpi)])
+@pytest.mark.parametrize(
+    "option", ["", pytest.param("--no-live", marks=[pytest.mark.any_mpi, pytest.mark.slow])]
+)
 def test_terminal_of_the_launcher_gets_a_bar(launch: Launch, option: str) -> None:
     """All streams of the ranks are pipes or terminals of their own: they cannot tell."""
     ours, theirs = os.openpty()
@@ -100,19 +102,18 @@ def test_terminal_of_the_launcher_gets_a_bar(launch: Launch, option: str) -> Non
 
 @pytest.mark.any_mpi
 def test_curve_is_the_same_on_any_number_of_ranks(launch: Launch) -> None:
-    """61 samples a step divide neither by 2 nor by 4."""
+    """61 samples a step do not divide by 3."""
     keys = """
     train = { steps = 30, batch = 61, micro_batch = 9 }
     optimizer = { name = "adamw", lr = 0.05 }
     run = { report = false }
     """
     job, curves = launch.job(SMALL, keys), []
-    for ranks in (0, 2, 4):
+    for ranks in (0, 3):
         ended = launch(ranks, *HPCTRAIN, "run", job, "--run-dir", f"of-{ranks}")
         assert ended.status == 0, ended.err
         curves.append(losses(launch.folder / f"of-{ranks}"))
     assert curves[1] == pytest.approx(curves[0], rel=1e-5)
-    assert curves[2] == pytest.approx(curves[0], rel=1e-5)
 
 
 @pytest.mark.slow

@@ -104,7 +104,7 @@ def test_stopped_rank_is_named_whichever_it_is(launch: Launch, stopped: int) -> 
     assert_all_ended(launch.folder, 3)
 
 
-@pytest.mark.parametrize("leaver", [0, *OTHERS])
+@pytest.mark.parametrize("leaver", [pytest.param(0, marks=pytest.mark.slow), *OTHERS])
 def test_rank_that_leaves_early_does_not_keep_the_others_waiting(
     launch: Launch, leaver: int
 ) -> None:
@@ -126,7 +126,7 @@ def test_closed_output_does_not_keep_a_failing_rank_alive(launch: Launch) -> Non
     assert_all_ended(launch.folder, 3)
 
 
-@pytest.mark.parametrize("alone", [0, OTHERS[-1]])
+@pytest.mark.parametrize("alone", [pytest.param(0, marks=pytest.mark.slow), OTHERS[-1]])
 def test_an_error_that_all_should_meet_is_told_by_the_rank_that_met_it(
     launch: Launch, alone: int
 ) -> None:

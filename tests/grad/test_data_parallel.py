@@ -72,7 +72,7 @@ def test_float32(world: World) -> None:
     [
         ("perceptron", (1, 100, 1000, 1 << 20)),
         ("tied", (1, 100, 1 << 20)),
-        ("2,000 tiny", (5000, 1 << 20)),
+        pytest.param("2,000 tiny", (5000, 1 << 20), marks=pytest.mark.slow),
     ],
 )
 def test_deterministic_gives_the_same_bits_for_any_block_size(

@@ -84,7 +84,7 @@ def test_autocast_to_bfloat16(world: World) -> None:
         assert_close(gradients(module), expected)
 
 
-@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("inside", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_compiled(world: World, inside: bool) -> None:
     module = make("perceptron")
     if inside:
@@ -99,6 +99,7 @@ def test_compiled(world: World, inside: bool) -> None:
         assert_same_bits(world, gradients(module))
 
 
+@pytest.mark.slow
 def test_very_large_parameter(world: World) -> None:
     rows = 27_000_000 // WIDTH  # over 100 MB in float32
     module = nn.Embedding.from_pretrained(torch.ones(rows, WIDTH), freeze=False)

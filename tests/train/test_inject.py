@@ -424,6 +424,7 @@ def test_missing_rank_is_told_before_a_run_folder_is_made(
     assert not (shared_folder / "none").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.launch
 @pytest.mark.any_mpi
 def test_killed_rank_ends_the_run_and_the_next_launch_goes_on(launch: Launch) -> None:

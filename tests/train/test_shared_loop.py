@@ -222,6 +222,7 @@ def test_ranks_killed_at_random_points(
     assert_ends_undisturbed(job, undisturbed, job(3, *RUN))
 
 
+@pytest.mark.slow
 def test_finished_run_goes_on_with_more_steps_in_other_rounds(
     job: Launch, undisturbed_run: Path
 ) -> None:
@@ -277,7 +278,8 @@ def test_ranks_that_are_struck_are_those_of_the_run(job: Launch) -> None:
     assert ended.status not in (0, 2) and "kills rank 2 in step 7" in ended.err, ended.err
 
 
-@pytest.mark.parametrize("group", [1, pytest.param(2, marks=SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("group", [1, 2])
 def test_child_without_data_is_left_out(job: Launch, group: int) -> None:
     """Also if it is one rank of a group that has none: the others of the group are told."""
     ranks, victim = 1 + 2 * group, group

@@ -156,7 +156,7 @@ def test_parameters_that_nobody_has_used_stay_in_few_bits(world: World, wire: st
         assert [p.item() for p in module.parameters()] == pytest.approx(values)
 
 
-@pytest.mark.parametrize("steps", [3, 8, 13])
+@pytest.mark.parametrize("steps", [13, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 8))])
 @pytest.mark.parametrize("name", [n for n, method in PRESETS.items() if method.merge != "mix"])
 def test_no_step_is_lost_or_counts_twice(world: World, name: str, steps: int) -> None:
     """Also at the end, and when training goes on after it."""
