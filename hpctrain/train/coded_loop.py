@@ -27,6 +27,7 @@ from hpctrain.train.checkpoint.manifest import step_of
 from hpctrain.train.checkpoint.store import complete_names
 from hpctrain.train.checks import loss_mistake
 from hpctrain.train.device import moved
+from hpctrain.train.evaluation import not_training
 from hpctrain.train.loop import Trainer
 from hpctrain.train.metrics import StepFigures
 from hpctrain.world import fail
@@ -212,25 +213,20 @@ class CodedTrainer(Trainer):
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Mean loss and metrics over the validation data; empty without any."""
-        data = self.parts.validation_data
+        validation = self.validation
         self.coded.moved = False
-        if data is None or len(data) == 0:
+        if validation is None:
             return {}
-        with self._phase("evaluate"):
-            was_training = self.model.training
-            self.model.eval()
-            try:
-                sums = self.coded.evaluate(
-                    self._evaluated_batches(data),
-                    lambda index: self._figures_of(data, index),
-                    unless=self._is_told_to_stop,
-                )
-            finally:
-                self.model.train(was_training)
+        with self._phase("evaluate"), not_training(self.model):
+            sums = self.coded.evaluate(
+                validation.batches,
+                lambda index: validation.sums(self.model, index),
+                unless=self._is_told_to_stop,
+            )
         self.step_number = self.coded.step_number
         if sums is None:
             return {}
-        return self._tell({name: value / len(data) for name, value in sums.items()})
+        return self._tell({name: value / validation.samples for name, value in sums.items()})
 
     def save(self) -> None:
         """Begin a checkpoint, on rank 0 alone."""

@@ -18,7 +18,7 @@ from torch import nn
 from hpctrain.comm.channel import Channel, Ticket
 from hpctrain.comm.collect import all_gather, all_sum, barrier_on, broadcast, figures_of_all
 from hpctrain.comm.engine import engine_of
-from hpctrain.data.batches import Batches, MapStyle, Share, is_indexed
+from hpctrain.data.batches import Batches, Share, is_indexed
 from hpctrain.data.generators import generator_state, restore_generators, seed_generators
 from hpctrain.errors import JobError, RankDiedError, StoppedError, TrainingError
 from hpctrain.grad.accumulate import accumulate
@@ -33,12 +33,12 @@ from hpctrain.train.checkpoint.saver import Saver
 from hpctrain.train.checkpoint.store import complete_names
 from hpctrain.train.checks import (
     check_same_data,
-    checked_metrics,
     loss_mistake,
     refused_exits,
 )
 from hpctrain.train.console import Console, RankLog
 from hpctrain.train.device import device_of, moved
+from hpctrain.train.evaluation import Validation, not_training
 from hpctrain.train.finite import bad_parameter, first_not_finite
 from hpctrain.train.inject import Injection
 from hpctrain.train.interrupt import told_when_interrupted
@@ -130,6 +130,7 @@ class Trainer:
             collate=parts.collate,
             may_repeat=self.may_recover,
         )
+        self.validation = Validation.of(parts, train.batch, self.device)
         self.optimizer = build_optimizer(
             [p for p in parts.model.parameters() if p.requires_grad], settings.optimizer
         )
@@ -312,21 +313,16 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Mean loss and metrics over the validation data; empty without any."""
-        data = self.parts.validation_data
-        if data is None or len(data) == 0:
+        validation = self.validation
+        if validation is None:
             return {}
-        with self._phase("evaluate"), self._as_of_all():
-            was_training = self.model.training
-            self.model.eval()
-            totals: dict[str, float] = {}
-            try:
-                for index in range(self.world.rank, self._evaluated_batches(data), self.world.size):
-                    if self._stop.has_come:
-                        break
-                    for name, value in self._figures_of(data, index).items():
-                        totals[name] = totals.get(name, 0.0) + value
-            finally:
-                self.model.train(was_training)
+        totals: dict[str, float] = {}
+        with self._phase("evaluate"), self._as_of_all(), not_training(self.model):
+            for index in range(self.world.rank, validation.batches, self.world.size):
+                if self._stop.has_come:
+                    break
+                for name, value in validation.sums(self.model, index).items():
+                    totals[name] = totals.get(name, 0.0) + value
         mine = list(totals), self._stop.has_come
         everyones = all_gather(self.control, mine, label="evaluation")
         if any(is_told for _, is_told in everyones):
@@ -336,7 +332,7 @@ class Trainer:
         sums = all_sum(
             self.control, np.array([totals.get(name, 0.0) for name in names]), label="evaluation"
         )
-        return self._tell({n: float(v) / len(data) for n, v in zip(names, sums, strict=True)})
+        return self._tell(dict(zip(names, (sums / validation.samples).tolist(), strict=True)))
 
     def _tell(self, figures: dict[str, float]) -> dict[str, float]:
         """Record and show the figures of an evaluation."""
@@ -563,21 +559,6 @@ class Trainer:
         factor = self.settings.schedule.factor(self.step_number, self.settings.train.steps)
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor
-
-    def _evaluated_batches(self, data: MapStyle) -> int:
-        return -(-len(data) // self.settings.train.batch)
-
-    def _figures_of(self, data: MapStyle, index: int) -> dict[str, float]:
-        """Sums of the loss and of the metrics over a batch of the validation data."""
-        batch = self.settings.train.batch
-        collate, name = self.parts.collate, "validation_data"
-        whole = Batches(data, batch=batch, shuffle=False, collate=collate, name=name)
-        count = min(batch, len(data) - index * batch)
-        subset = moved(whole.read(index * batch, count), self.device)
-        figures: dict[str, Any] = {"loss": self.parts.loss(self.model, subset)}
-        if self.parts.metrics:
-            figures |= checked_metrics(self.parts.metrics, self.parts.metrics(self.model, subset))
-        return {name: float(value) * count for name, value in figures.items()}
 
     # ------------------------------------------------------------------ when others die
 
