@@ -43,7 +43,7 @@ from hpctrain.data.batches import data_error
 from hpctrain.data.generators import seed_generators
 from hpctrain.errors import ExchangeError, JobError, MismatchError, shortened, shown, told
 from hpctrain.grad.coded.config import CodedConfig
-from hpctrain.grad.config import ExchangeConfig
+from hpctrain.grad.config import USED_BY_CHILDREN_OF_ONE, ExchangeConfig
 from hpctrain.grad.periods.method import PeriodsConfig
 from hpctrain.grad.shared.config import SharedConfig
 from hpctrain.stop import StopRequest
@@ -524,6 +524,11 @@ def _check_together(job: Job, mistakes: list[str]) -> None:
         mistakes.append("periods: does nothing unless exchange.mode = 'periods'")
     if job.exchange.mode != "shared" and job.shared != SharedConfig():
         mistakes.append("shared: does nothing unless exchange.mode = 'shared'")
+    if job.exchange.mode == "shared" and job.shared.group == 1:
+        mistakes.extend(
+            f"exchange.{name}: does nothing with exchange.mode = 'shared' unless shared.group > 1"
+            for name in job.exchange.set_besides(USED_BY_CHILDREN_OF_ONE)
+        )
     if job.inject.step is not None and job.inject.step > job.train.steps:
         mistakes.append(f"inject.step: got {job.inject.step}; the run has {job.train.steps} steps")
 

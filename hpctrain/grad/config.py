@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from hpctrain.comm import reduce
@@ -20,6 +21,8 @@ USED_BY = {
     ),
 }
 """By mode: settings of the exchange that it heeds; it has more of its own."""
+USED_BY_CHILDREN_OF_ONE = ("mode", "deterministic", "deadline_s")
+"""With mode = "shared", where no child has several ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,12 +62,7 @@ class ExchangeConfig:
     def __post_init__(self) -> None:
         check(self)
         used = USED_BY.get(self.mode)
-        idle = [
-            field.name
-            for field in fields(self)
-            if used and field.name not in used and getattr(self, field.name) != field.default
-        ]
-        if used and idle:
+        if used and (idle := self.set_besides(used)):
             raise ExchangeError(
                 f"with mode = {self.mode!r}, {', '.join(idle)} would do nothing",
                 allowed=", ".join(used),
@@ -80,3 +78,8 @@ class ExchangeConfig:
                 "way = 'ring' sums an element in an order that depends on its place in the block",
                 allowed="way = 'auto', 'direct', 'shared' or 'two_level' with deterministic = true",
             )
+
+    def set_besides(self, names: Sequence[str]) -> list[str]:
+        """Settings other than these that are not as they are unless set."""
+        others = [field for field in fields(self) if field.name not in names]
+        return [f.name for f in others if getattr(self, f.name) != f.default]

@@ -109,6 +109,16 @@ def broadcast_state(channel: Channel, module: nn.Module) -> None:
         data.copy_(flat)
 
 
+def broadcast_gathered(channel: Channel, optimizer: torch.optim.Optimizer) -> None:
+    """Overwrite what an optimizer has gathered by the root's, and leave its options. Collective."""
+    own = optimizer.state_dict()
+    if not any(all_gather(channel, bool(own["state"]), label="optimizer's state")):
+        return
+    gathered = broadcast(channel, own["state"], label="optimizer's state")
+    if channel.rank:
+        optimizer.load_state_dict({"state": gathered, "param_groups": own["param_groups"]})
+
+
 class BufferSync:
     """Makes the module's buffers (batch-norm statistics, say) equal on all ranks after a step.
 

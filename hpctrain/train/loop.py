@@ -370,11 +370,15 @@ class Trainer:
         Raises:
             CheckpointError: on all ranks, when the one before could not be written.
         """
+        self.parallel.wait_for_gradients()
+        self._write(self.parallel.exchange.state_dict(), self._own_state())
+
+    def _own_state(self) -> dict[str, Any]:
+        """State of this rank alone, for a checkpoint."""
         own: dict[str, Any] = {"generators": generator_state()}
         if self.settings.exchange.buffers == "local":
             own["buffers"] = resume.local_buffers(self.parts.model)
-        self.parallel.wait_for_gradients()
-        self._write(self.parallel.exchange.state_dict(), own)
+        return own
 
     def _write(self, exchange: dict[str, Any], own: dict[str, Any]) -> None:
         """Begin a checkpoint. Collective over the ranks that write together.
@@ -631,7 +635,8 @@ class Trainer:
         self.parallel.exchange.load_state_dict(state["exchange"])
         own = state["own"]
         if own:
-            resume.restore_local_buffers(self.parts.model, own.get("buffers", {}))
+            if self.settings.exchange.buffers == "local":
+                resume.restore_local_buffers(self.parts.model, own.get("buffers", {}))
             restore_generators(own["generators"])
         else:
             seed_generators(self.settings.seed + 1 + self.world.rank + 1_000_003 * self.step_number)

@@ -160,7 +160,10 @@ class PeriodsTrainer(Trainer):
             "generators": generator_state(),
             "periods": self.periods.state_dict(),
             "clip_factor": self._last_factor,
-            "buffers": resume.local_buffers(self.parts.model),
+            "buffers": {  # copies: those of the model are exchanged while it is saved
+                name: buffer.clone()
+                for name, buffer in resume.local_buffers(self.parts.model).items()
+            },
         }
         with self.periods.shared():
             self._write({}, own)
@@ -187,6 +190,10 @@ class PeriodsTrainer(Trainer):
 
     def _settle(self) -> None:
         pass
+
+    def _more_figures(self, step: int) -> Mapping[str, float]:
+        is_last = step == self.step_number
+        return {"sent_bytes": self.periods.sent_bytes} if is_last else {}
 
     def _part(self) -> str:
         barrier_on(self.control, "end of training")

@@ -96,6 +96,11 @@ class ChildTrainer(Trainer):
     """Trains encoder and head over the ranks of one child."""
 
     speaks = False
+    _losses: Sequence[float] = ()
+    """Of the steps of the present round."""
+    _validation: Mapping[str, float] = {}
+    """Figures of the evaluation at its beginning."""
+    _has_played = False
 
     @property
     def may_recover(self) -> bool:
@@ -122,14 +127,16 @@ class ChildTrainer(Trainer):
                 )
             self.step_number = begin
             self.recording.figures.reported_at = self.step_number
-            if turn.values["evaluates"]:
-                turn.figures["validation"] = self.evaluate()
+            self._losses = []
+            self._validation = self.evaluate() if turn.values["evaluates"] else {}
         self._has_played = True
         while self.step_number < end and not self._stops:
             self.step()
             self._is_told_to_stop()
         self._report()
-        turn.figures["loss"] = self._mean_loss
+        turn.figures["loss"] = float(np.mean(self._losses)) if self._losses else math.nan
+        if self._validation:
+            turn.figures["validation"] = self._validation
         turn.is_cut = self.step_number < end
         if turn.values["saves"] and not turn.is_cut:
             self.save()
@@ -152,11 +159,17 @@ class ChildTrainer(Trainer):
 
     def _sum_figures(self) -> np.ndarray:
         sums = super()._sum_figures()
-        self._mean_loss = float(sums[:, 0].mean())
+        self._losses = [*self._losses, *sums[:, 0].tolist()]
         return sums
 
-    _mean_loss = math.nan
-    _has_played = False
+    def _own_state(self) -> dict[str, Any]:
+        told = {"losses": list(self._losses), "validation": self._validation}
+        return super()._own_state() | {"round": told}
+
+    def _resume_exchange(self, state: Mapping[str, Any], ranks: int) -> None:
+        super()._resume_exchange(state, ranks)
+        if told := (state["own"] or {}).get("round"):
+            self._losses, self._validation = told["losses"], told["validation"]
 
 
 class SharedTrainer:

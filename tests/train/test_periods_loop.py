@@ -30,6 +30,20 @@ STEPS = 24
 Make = Callable[..., Trainer]
 
 
+class Centred(nn.Module):
+    """What it is in training depends on a running mean."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.mean(0).detach()
+        centred: torch.Tensor = x - self.mean
+        return centred
+
+
 @pytest.fixture
 def make(world: World, shared_folder: Path) -> Make:
     """Makes trainers of the same job."""
@@ -39,7 +53,14 @@ def make(world: World, shared_folder: Path) -> Make:
     def build(folder: str, preset: str = "", **values: Any) -> Trainer:
         seed_generators(1)
         model = nn.Sequential(
-            *(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 1))
+            *(
+                nn.Linear(3, 8),
+                nn.BatchNorm1d(8),
+                Centred(8),
+                nn.Tanh(),
+                nn.Dropout(0.2),
+                nn.Linear(8, 1),
+            )
         )
         mode = "periods" if preset else "allreduce"
         words = preset.split()

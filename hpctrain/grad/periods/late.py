@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -62,7 +63,7 @@ class Before:
                 if isinstance(value, torch.Tensor):
                     gathered[name].copy_(value)
                 else:
-                    gathered[name] = value
+                    gathered[name] = copy.deepcopy(value)
 
     @property
     def state_bytes(self) -> int:
@@ -73,7 +74,7 @@ class Before:
 
 def _copied(value: Any, into: Any) -> Any:
     if not isinstance(value, torch.Tensor):
-        return value
+        return copy.deepcopy(value)
     fits = isinstance(into, torch.Tensor) and into.shape == value.shape
     return into.copy_(value) if fits else value.detach().clone()
 
@@ -264,12 +265,12 @@ class LateGradients:
         for place, p in enumerate(self._parameters):
             p.grad = _as_gradient(gradient.views[place], p) if used[place] else None
         for group, values in zip(groups, settings or now, strict=True):
-            group.update(values)
+            _set(group, values)
         taken = [p.grad for p in self._parameters if p.grad is not None]
         if self._check(taken, is_shared):
             self._optimizer.step()
         for group, values in zip(groups, now, strict=True):
-            group.update(values)
+            _set(group, values)
         for p, before in zip(self._parameters, kept, strict=True):
             p.grad = before
 
@@ -300,5 +301,14 @@ def _as_gradient(view: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
 
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:
-    """What an optimizer's group is set to, such as its learning rate."""
-    return {name: value for name, value in group.items() if name != "params"}
+    """What an optimizer's group is set to, such as its learning rate, which may be a tensor."""
+    return {name: _copied(value, None) for name, value in group.items() if name != "params"}
+
+
+def _set(group: dict[str, Any], values: dict[str, Any]) -> None:
+    """Set it to that; tensors stay the same ones, which schedulers write to."""
+    for name, value in values.items():
+        if isinstance(value, torch.Tensor):
+            group[name].copy_(value)
+        else:
+            group[name] = value

@@ -17,7 +17,8 @@ from hpctrain.grad.periods.method import Method
 
 ADAM_DECAY = 0.99
 ADAM_FLOOR = 1e-3
-"""As FedAdam's (Reddi et al., ICLR 2021), which has no bias correction.
+"""As FedAdam's (Reddi et al., ICLR 2021), which has no bias correction: the mean of squares begins
+with that of the floor.
 
 Sums and products are taken one by one here: fused, their bits would depend on the processor."""
 
@@ -35,7 +36,15 @@ class Outer:
         self._anchor = anchor
         has_momentum = method.outer_momentum > 0 or method.outer == "adam"
         self.momentum = torch.zeros_like(anchor) if has_momentum else None
-        self.squares = torch.zeros_like(anchor) if method.outer == "adam" else None
+        self.squares = torch.empty_like(anchor) if method.outer == "adam" else None
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """No step has been taken."""
+        if self.momentum is not None:
+            self.momentum.zero_()
+        if self.squares is not None:
+            self.squares.fill_(ADAM_FLOOR**2)
 
     def step(self, change: torch.Tensor) -> None:
         """Take one step.
@@ -157,6 +166,7 @@ class Changes:
         """The local parameters are what all ranks agree on, and nothing has been on the wire."""
         for tensor in self.tensors().values():
             tensor.zero_()
+        self._outer.begin_anew()
         self.anchor.gather(self._local)
 
     def ahead(self) -> torch.Tensor:

@@ -15,6 +15,8 @@ SENDS = ("gradients", "changes")
 MERGES = ("late", "correct", "compensate", "replace", "mix", "eager")
 OUTER = ("sgd", "nesterov", "adam")
 WIRES = (*WIRE_DTYPES, *QUANTIZERS)
+ADAM_RATE, ADAM_MOMENTUM = 1e-2, 0.9
+"""What is not set with outer = "adam"."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,9 +144,9 @@ class PeriodsConfig:
     outer: str | None = option(None, choices=OUTER)
     """Optimizer that takes the mean change as its gradient."""
     outer_rate: float | None = option(None, above=0)
-    """Its learning rate."""
+    """Its learning rate; with `adam` 0.01 unless set."""
     outer_momentum: float | None = option(None, minimum=0, maximum=0.9999)
-    """Its momentum."""
+    """Its momentum; with `adam` its first decay, 0.9 unless set."""
     outer_clip: float | None = option(None, minimum=0)
     """Largest element of its momentum; 0 for no limit."""
     wire: str | None = option(None, choices=WIRES)
@@ -160,7 +162,7 @@ class PeriodsConfig:
     def __post_init__(self) -> None:
         check(self)
         for mistake in mistakes_of(self.method):
-            raise JobError(f"periods: {mistake}", everywhere=True)
+            raise JobError(mistake, everywhere=True)
 
     @property
     def method(self) -> Method:
@@ -170,6 +172,8 @@ class PeriodsConfig:
             for field in fields(Method)
             if (value := getattr(self, field.name)) is not None
         }
+        if self.outer == "adam":  # whose steps are of another size than the preset's optimizer's
+            given = {"outer_rate": ADAM_RATE, "outer_momentum": ADAM_MOMENTUM} | given
         preset = PRESETS[self.preset]
         if preset.pull_lag == preset.period > 1 and "period" in given:
             given.setdefault("pull_lag", given["period"])  # what is told is taken in a period later

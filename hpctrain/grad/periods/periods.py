@@ -44,7 +44,8 @@ class Periods:
             periods.step()
         periods.finish()
 
-    Parameters start as those of rank 0. Construction, `finish` and `shared` are collective; all
+    Parameters start as those of rank 0, and so does what the optimizer has gathered, where it takes
+    steps on the gradient of all ranks. Construction, `finish` and `shared` are collective; all
     ranks call `step` as often, but none waits there for what others do in the same iteration.
 
     Args:
@@ -99,6 +100,8 @@ class Periods:
         control = self._engine.control
         replicas.check_same_model(control, self.world, module)
         replicas.broadcast_state(control, module)
+        if method.sends == "gradients" or method.warmup:  # all take the same steps with it
+            replicas.broadcast_gathered(control, optimizer)
         self._buffers = replicas.BufferSync(module, control, exchange.buffers)
         self.weight = 1.0 / self.world.size
         cuts = fragments_of([p.numel() for p in self._parameters], method.fragments)
@@ -350,7 +353,7 @@ class Periods:
         if limit and needed > limit:
             raise ExchangeError(
                 "periods.memory_limit_mb: copies of gradients and parameters need more",
-                value=f"{needed / 1e6:.1f} MB",
+                value=f"{needed / 1e6:.4g} MB",
                 allowed=f"{self.config.memory_limit_mb:g} MB",
                 fix="lower pull_lag, use more fragments with a smaller lag, a merge that keeps no "
                 "copies ('replace' or 'mix'), or raise the limit",

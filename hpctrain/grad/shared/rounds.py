@@ -2,7 +2,8 @@
 
 Free of MPI and of clocks: whoever drives it tells what came and what time it is, and sends what it
 gives. A round is over when all of its children have answered, or, once there is a quorum, when
-the time of grace is. Whoever answers later joins the next round.
+the time of grace is. Whoever answers later joins the next round that begins, which waits for it:
+else the answers of a child that is always slower than the others would never count.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ class Child:
         samples: of its training data; 0 until it has confirmed.
         gone: why it takes no part any more, if so.
         works_on: the round that it was last sent, or -1.
+        is_busy: whether it has not answered that yet.
+        is_owed: whether its last answer came too late, so that the next one is waited for.
         spoilt: whether its answer to that cannot be used.
         heard_s: when it last gave a sign of life.
     """
@@ -40,6 +43,8 @@ class Child:
     samples: int = 0
     gone: str = ""
     works_on: int = -1
+    is_busy: bool = False
+    is_owed: bool = False
     spoilt: bool = False
     heard_s: float = 0.0
     figures: dict[str, Any] = field(default_factory=dict)
@@ -58,6 +63,8 @@ class Rounds:
         names: of the children.
         start: initial parameters, flat.
         rounds: how many.
+        trained: elements at the beginning of `start` that are trained; what is behind them, such as
+            running means, is what the rule makes of it.
         send: sends a packet to a child.
         say: tells the user something.
         deadline_s: how long a child may be silent.
@@ -76,13 +83,14 @@ class Rounds:
         names: Sequence[str],
         start: torch.Tensor,
         rounds: int,
+        trained: int,
         send: Send,
         say: Say,
         deadline_s: float,
     ) -> None:
         self.config = config
         self.children = [Child(name) for name in names]
-        self.server = Server(config, start)
+        self.server = Server(config, start, trained)
         self.rounds = rounds
         self.number = 0
         self.is_open = False
@@ -119,7 +127,7 @@ class Rounds:
         return self._is_enough(len(self.confirmed), expected, now_s)
 
     def begin(self, **values: Any) -> None:
-        """Begin the next round with all that have confirmed.
+        """Begin the next round with all that have confirmed and are not busy with an earlier one.
 
         Args:
             values: for the children, with the parameters.
@@ -132,11 +140,19 @@ class Rounds:
         self._rows = {}
         self._enough_s = None
         self._values = values
-        for number in self.confirmed:
+        for number in self._idle:
             self._train(number)
+
+    @property
+    def _idle(self) -> list[int]:
+        """Children that may be sent the present round."""
+        children = self.children
+        free = [number for number in self.confirmed if not children[number].is_busy]
+        return [number for number in free if children[number].works_on != self.number]
 
     def _train(self, number: int) -> None:
         self.children[number].works_on = self.number
+        self.children[number].is_busy = True
         self.children[number].spoilt = False
         values = {"round": self.number, **self._values}
         self._send(number, Packet(Kind.TRAIN, values, self.server.target))
@@ -161,7 +177,10 @@ class Rounds:
 
     def _answer(self, number: int, packet: Packet) -> None:
         child, its = self.children[number], int(packet.values["round"])
-        if its != self.number or not self.is_open:
+        is_late = its != self.number or not self.is_open
+        if its == child.works_on:
+            child.is_busy, child.is_owed = False, is_late
+        if is_late:
             self._say(f"{child.name} answers round {its} too late, and joins the next one")
             return
         row = packet.body
@@ -192,6 +211,9 @@ class Rounds:
         for number, child in enumerate(self.children):
             if now_s - child.heard_s > self._deadline_s and not child.is_done:
                 self.leave_out(number, f"no sign of life for {self._deadline_s:g} s")
+        if self.is_open and len(self._awaited) < self._fewest:
+            for number in self._idle:  # the round cannot do without them
+                self._train(number)
         left, fewest = len(self._hopes), self._fewest
         if left < fewest and not self.is_over and not self.is_ending:
             whys = [c.gone or c.spoilt * "its answer was not finite" for c in self.children]
@@ -215,8 +237,15 @@ class Rounds:
 
     def is_complete(self, now_s: float) -> bool:
         """Whether the present round has all answers that it waits for."""
-        awaited = [n for n in self._hopes if self.children[n].works_on == self.number]
-        return self._is_enough(len(self._rows), len(awaited), now_s)
+        awaited = self._awaited
+        is_enough = self._is_enough(len(self._rows), len(awaited), now_s)
+        missing = [number for number in awaited if number not in self._rows]
+        return is_enough and not any(self.children[number].is_owed for number in missing)
+
+    @property
+    def _awaited(self) -> list[int]:
+        """Children that have answered the present round, or were sent it."""
+        return [n for n in self._hopes if self.children[n].works_on == self.number]
 
     def _is_enough(self, there: int, expected: int, now_s: float) -> bool:
         if there < self._fewest:
@@ -255,8 +284,8 @@ class Rounds:
 
     def _is_missed(self, number: int) -> bool:
         child = self.children[number]
-        is_awaited = child.works_on == self.number and number not in self._rows
-        return is_awaited and not child.gone and not child.spoilt
+        has_begun = child.works_on >= 0 and number not in self._rows
+        return has_begun and not child.gone and not child.spoilt
 
     def end(self, **values: Any) -> None:
         """Tell all children that the run is over, with the last parameters."""

@@ -17,6 +17,8 @@ RULES = ("mean", "median", "trimmed", "krum")
 SERVERS = ("sgd", "adam")
 MOMENT_DECAY = 0.99
 FLOOR = 1e-3
+ADAM_RATE, ADAM_MOMENTUM = 1e-2, 0.9
+"""What is not set with server = "adam"; the mean of squares begins with that of FLOOR."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +35,10 @@ class RuleConfig:
     server: str = option("sgd", choices=SERVERS)
     """Optimizer of the root, which takes the change that the rule gives as its gradient; with
     `adam` it is FedAdam (Reddi et al., 2021)."""
-    server_rate: float = option(1.0, above=0)
-    """Its learning rate."""
-    server_momentum: float = option(0.0, minimum=0, maximum=0.9999)
-    """Its momentum, or Adam's first decay."""
+    server_rate: float | None = option(None, above=0)
+    """Its learning rate; 1 unless set, and with `adam` 0.01."""
+    server_momentum: float | None = option(None, minimum=0, maximum=0.9999)
+    """Its momentum, or Adam's first decay; 0 unless set, and with `adam` 0.9."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -46,6 +48,18 @@ class RuleConfig:
                 allowed="rule = 'trimmed' or 'krum'",
                 everywhere=True,
             )
+
+    @property
+    def rate(self) -> float:
+        """Learning rate of the root's optimizer."""
+        usual = ADAM_RATE if self.server == "adam" else 1.0
+        return usual if self.server_rate is None else self.server_rate
+
+    @property
+    def momentum(self) -> float:
+        """Its momentum, or first decay."""
+        usual = ADAM_MOMENTUM if self.server == "adam" else 0.0
+        return usual if self.server_momentum is None else self.server_momentum
 
     @property
     def fewest(self) -> int:
@@ -139,17 +153,20 @@ class Server:
 
     Args:
         config: which optimizer.
-        start: initial parameters, flat.
+        start: initial parameters, flat, and behind them buffers.
+        trained: how many elements are parameters, all if None. Buffers are what the rule gives: a
+            variance that an optimizer moves may become negative.
 
     Attributes:
-        target: the parameters that go out next.
+        target: what goes out next.
     """
 
-    def __init__(self, config: RuleConfig, start: torch.Tensor) -> None:
+    def __init__(self, config: RuleConfig, start: torch.Tensor, trained: int | None = None) -> None:
         self._config = config
+        self._trained = trained
         self.target = start.clone()
-        self._momentum = torch.zeros_like(start)
-        self._squares = torch.zeros_like(start)
+        self._momentum = torch.zeros_like(start[:trained])
+        self._squares = torch.full_like(start[:trained], FLOOR**2)
 
     def step(self, rows: torch.Tensor, samples: Sequence[int], known: int = 0) -> None:
         """Take in what children have returned.
@@ -160,18 +177,19 @@ class Server:
             known: how many of those that are tolerated are left out already.
         """
         config, found = self._config, combined(self._config, rows, samples, known)
-        if config.server == "sgd" and config.server_rate == 1 and not config.server_momentum:
+        if config.server == "sgd" and config.rate == 1 and not config.momentum:
             self.target = found
             return
-        change = found - self.target
-        decay = config.server_momentum
+        before, decay = self.target[: self._trained], config.momentum
+        change = found[: self._trained] - before
         if config.server == "adam":
             self._momentum.mul_(decay).add_(change * (1 - decay))
             self._squares.mul_(MOMENT_DECAY).add_(change * change * (1 - MOMENT_DECAY))
             change = self._momentum / (self._squares.sqrt() + FLOOR)
         else:
             change = self._momentum.mul_(decay).add_(change)
-        self.target = self.target + change * config.server_rate
+        found[: self._trained] = before + change * config.rate
+        self.target = found
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """What is needed to go on."""

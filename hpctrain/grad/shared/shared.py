@@ -14,7 +14,7 @@ from hpctrain.comm.collect import broadcast, broadcast_tensor
 from hpctrain.comm.engine import engine_of
 from hpctrain.comm.part import split
 from hpctrain.errors import ExchangeError, RankDiedError
-from hpctrain.grad.flat import Flat
+from hpctrain.grad.flat import Flat, elements_of
 from hpctrain.grad.shared.config import SharedConfig
 from hpctrain.grad.shared.packets import Kind, Packet
 from hpctrain.grad.shared.post import Post
@@ -116,6 +116,7 @@ class Shared:
             names or [f"child {number}, {name}" for number, name in enumerate(ranks)],
             self._flat.tensor,
             rounds,
+            elements_of(trained_tensors(encoder)),
             self._send,
             say,
             self._engine.deadline_s,
@@ -359,9 +360,14 @@ class Shared:
 
 
 def shared_tensors(encoder: nn.Module) -> list[torch.Tensor]:
-    """What is exchanged of an encoder: its floating-point parameters and buffers."""
-    tensors = [*encoder.parameters(), *encoder.buffers()]
-    return [t for t in tensors if t.is_floating_point() or t.is_complex()]
+    """What is exchanged of an encoder: its floating-point parameters, and behind them buffers."""
+    buffers = [b for b in encoder.buffers() if b.is_floating_point() or b.is_complex()]
+    return [*trained_tensors(encoder), *buffers]
+
+
+def trained_tensors(encoder: nn.Module) -> list[torch.Tensor]:
+    """Its floating-point parameters."""
+    return [p for p in encoder.parameters() if p.is_floating_point() or p.is_complex()]
 
 
 def kind_of(encoder: nn.Module) -> str:

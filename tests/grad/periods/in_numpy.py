@@ -36,7 +36,7 @@ class Fragment:
         self.x = np.stack([start] * ranks)
         self.z = self.x.copy()
         self.m = np.zeros_like(self.x)
-        self.v = np.zeros_like(self.x)
+        self.v = np.full_like(self.x, 1e-3**2)
         self.at_capture = self.x.copy()
         self.late = np.zeros_like(self.x)
         self.own = np.zeros_like(self.x)

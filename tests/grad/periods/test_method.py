@@ -23,6 +23,12 @@ def test_what_does_nothing_is_refused(values: dict[str, Any], text: str) -> None
         PeriodsConfig(**values)
 
 
+def test_adam_has_a_rate_of_its_own() -> None:
+    method = PeriodsConfig(preset="diloco", outer="adam").method
+    assert (method.outer_rate, method.outer_momentum) == (0.01, 0.9)
+    assert PeriodsConfig(preset="diloco", outer="adam", outer_rate=0.1).method.outer_rate == 0.1
+
+
 def test_lag_of_a_whole_period_follows_the_period() -> None:
     assert PeriodsConfig(preset="co2", period=16).method.pull_lag == 16
     assert PeriodsConfig(preset="eager_diloco", period=4).method.pull_lag == 4

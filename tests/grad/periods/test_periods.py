@@ -266,6 +266,42 @@ def test_unused_parameters_leave_nothing_in_the_optimizer(world: World) -> None:
     assert list(optimizer.state_dict()["state"]) == [0]
 
 
+@pytest.mark.parametrize("preset", ["every_step", "one_late", "od_sgd"])
+def test_rate_that_is_a_tensor(world: World, preset: str) -> None:
+    """Its schedulers write to it, while gradients that are late have that of their iteration."""
+
+    def trained(rate: float | torch.Tensor) -> list[torch.Tensor]:
+        module = net()
+        optimizer = torch.optim.SGD(module.parameters(), lr=rate)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+        config = PeriodsConfig(preset=preset)
+        periods = Periods(module, optimizer, config, exchange=ORDERED, world=world)
+        for iteration in range(1, 6):
+            go_on(periods, world.rank, iteration)
+            scheduler.step()
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(0.25 / 32)
+        periods.finish()
+        return parameters(module)
+
+    assert_same(trained(torch.tensor(0.25)), trained(0.25))
+
+
+def test_optimizer_that_has_gathered_alone(world: World) -> None:
+    """Where steps are on the gradient of all ranks, they are with the state of rank 0."""
+    module = net()
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.01)
+    for iteration in range(4):
+        optimizer.zero_grad()
+        loss_of(module, world.rank, iteration).backward()
+        optimizer.step()
+    config = PeriodsConfig(preset="od_sgd")
+    periods = Periods(module, optimizer, config, exchange=ORDERED, world=world)
+    go_on(periods, world.rank, 4)
+    periods.finish()
+    for other in all_gather(engine_of(world).control, parameters(module)):
+        assert_same(other, parameters(module))
+
+
 # ---------------------------------------------------------------------- mistakes
 
 

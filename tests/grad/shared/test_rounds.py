@@ -28,6 +28,7 @@ class Play:
             [f"child {number}" for number in range(children)],
             torch.zeros(4),
             rounds,
+            4,
             lambda child, packet: self.sent.append((child, packet)),
             self.said.append,
             DEADLINE_S,
@@ -173,6 +174,51 @@ def test_who_is_late_joins_the_next_round() -> None:
     play.answer(1, 2.0)
     play.rounds.combine()
     assert play.target == 2.0
+
+
+def test_who_is_always_slower_counts_now_and_then() -> None:
+    """Two of three take a second for a round, the third one and a half; nobody waits for a laggard,
+    but in the round that it joins after it was late."""
+    play = Play(rounds=100, quorum=2, grace_s=0.0)
+    play.confirm(0, 1, 2)
+    takes_s, due_s = (1.0, 1.0, 1.5), dict[int, tuple[float, int]]()
+    counted = 0
+    for _ in range(30):
+        begun = len(play.sent)
+        play.rounds.begin()
+        for child, packet in play.sent[begun:]:
+            assert child not in due_s, "it is busy"
+            due_s[child] = play.now_s + takes_s[child], int(packet.values["round"])
+        while not play.is_complete:
+            child = min(due_s, key=lambda child: due_s[child])
+            play.now_s, its = due_s.pop(child)
+            play.answer(child, float(child), its)
+        play.rounds.combine()
+        counted += 2 in play.rounds.answered
+    assert counted == 10
+    assert play.now_s == 35.0
+
+
+def test_a_round_that_lacks_children_takes_those_that_were_late() -> None:
+    play = Play(quorum=2, grace_s=0.0)
+    play.confirm(0, 1, 2)
+    play.rounds.begin()
+    for child in (0, 1):
+        play.answer(child, 1.0)
+    play.rounds.combine()
+    play.rounds.begin()
+    assert play.sent_to(Kind.TRAIN)[3:] == [0, 1]
+    play.rounds.leave_out(1, "it is dead")
+    play.answer(0, 1.0)
+    play.rounds.look(play.now_s)
+    assert not play.is_complete
+    play.answer(2, 1.0, number=0)
+    play.rounds.look(play.now_s)
+    assert play.sent_to(Kind.TRAIN)[5:] == [2]
+    play.answer(2, 3.0)
+    assert play.is_complete
+    play.rounds.combine()
+    assert play.rounds.answered == [0, 2]
 
 
 def test_who_confirms_late_joins_the_next_round_and_is_waited_for_once() -> None:

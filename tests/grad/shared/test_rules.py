@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -74,7 +75,7 @@ def test_server_without_momentum_takes_what_comes() -> None:
 def test_server_in_numpy_and_resumed(kind: str) -> None:
     config = RuleConfig(server=kind, server_rate=0.5, server_momentum=0.9)
     server, x = Server(config, torch.ones(9)), np.ones(9, np.float32)
-    m, v = np.zeros_like(x), np.zeros_like(x)
+    m, v = np.zeros_like(x), np.full_like(x, 1e-6)
     for turn in range(5):
         sent = rows(3, seed=turn)
         change = sent.numpy().mean(axis=0) - x
@@ -91,6 +92,25 @@ def test_server_in_numpy_and_resumed(kind: str) -> None:
             server.load_state_dict(state)
         server.step(sent, [1, 1, 1])
     np.testing.assert_allclose(server.target.numpy(), x, rtol=1e-3)
+
+
+@pytest.mark.parametrize("values", [{"server_momentum": 0.9}, {"server": "adam"}])
+def test_buffers_are_what_the_rule_gives(values: dict[str, Any]) -> None:
+    """A variance that an optimizer moves may become negative."""
+    server = Server(RuleConfig(**values), torch.ones(9), 5)
+    for turn in range(8):
+        sent = rows(3, seed=turn).abs()
+        server.step(sent, [1, 2, 3])
+        expected = combined(RuleConfig(), sent, [1, 2, 3])
+        assert torch.equal(server.target[5:], expected[5:])
+        assert not torch.equal(server.target[:5], expected[:5])
+
+
+def test_what_is_not_set_fits_the_servers_optimizer() -> None:
+    assert (RuleConfig().rate, RuleConfig().momentum) == (1.0, 0.0)
+    adam = RuleConfig(server="adam")
+    assert (adam.rate, adam.momentum) == (0.01, 0.9)
+    assert RuleConfig(server="adam", server_rate=0.5, server_momentum=0.0).momentum == 0.0
 
 
 # ---------------------------------------------------------------------- accuracy

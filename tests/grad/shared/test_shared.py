@@ -54,7 +54,8 @@ def alone(children: int, config: RuleConfig) -> torch.Tensor:
     """What one process makes of as many children."""
     models = [nn.Sequential(encoder(6), head(child)) for child in range(children)]
     optimizers = [optimizer_of(model) for model in models]
-    server = Server(config, flat(encoder(6)))
+    trained = sum(p.numel() for p in encoder(6).parameters())
+    server = Server(config, flat(encoder(6)), trained)
     for number in range(ROUNDS):
         rows = []
         for child, model in enumerate(models):
