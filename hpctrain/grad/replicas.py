@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -116,7 +117,18 @@ def broadcast_gathered(channel: Channel, optimizer: torch.optim.Optimizer) -> No
         return
     gathered = broadcast(channel, own["state"], label="optimizer's state")
     if channel.rank:
-        optimizer.load_state_dict({"state": gathered, "param_groups": own["param_groups"]})
+        load_gathered(optimizer, {"state": gathered, "param_groups": own["param_groups"]})
+
+
+def load_gathered(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Load what an optimizer of the same kind has gathered, and leave its options as they are."""
+    own = [
+        {key: value for key, value in group.items() if key != "params"}
+        for group in optimizer.param_groups
+    ]
+    optimizer.load_state_dict(dict(state))
+    for group, values in zip(optimizer.param_groups, own, strict=True):
+        group.update(values)
 
 
 class BufferSync:

@@ -202,6 +202,10 @@ class Recording:
         if saved:
             self._write(step, checkpoint=asdict(saved))
 
+    def has_evaluation(self, step: int) -> bool:
+        """On the root: whether an earlier launch has recorded that after this step."""
+        return self._metrics is not None and step in self._metrics.evaluated
+
     def recovery(self, step: int, took_s: float, text: str) -> None:
         """Record and tell that ranks died, and how long it took to go on without them."""
         self._write(step, recovery={"recovery_s": took_s, "ranks": self._world.size})

@@ -21,6 +21,7 @@ from hpctrain.comm.engine import engine_of, give_up_engine
 from hpctrain.comm.node import leave_windows
 from hpctrain.data.generators import seed_generators
 from hpctrain.errors import RankDiedError, StallError, TrainingError
+from hpctrain.grad.replicas import load_gathered
 from hpctrain.trace import COMPUTE, now_s
 from hpctrain.train import resume
 from hpctrain.train.loop import Trainer
@@ -160,7 +161,7 @@ def _take_state(trainer: Trainer, standings: Sequence[Standing]) -> dict[str, An
     trainer.optimizer = build_optimizer(
         [p for p in model.parameters() if p.requires_grad], trainer.settings.optimizer
     )
-    resume.load_gathered(trainer.optimizer, gathered)
+    load_gathered(trainer.optimizer, gathered)
     return order
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from hpctrain.errors import JobError, told
+from hpctrain.grad.replicas import load_gathered
 from hpctrain.train.optimizer import build_optimizer
 
 
@@ -78,17 +79,6 @@ def restore_optimizer(
         load_gathered(optimizer, state)
     except ValueError as error:
         raise _misfit("optimizer", str(error)) from error
-
-
-def load_gathered(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Load what an optimizer of the same kind has gathered, and leave its options as they are."""
-    own = [
-        {key: value for key, value in group.items() if key != "params"}
-        for group in optimizer.param_groups
-    ]
-    optimizer.load_state_dict(dict(state))
-    for group, values in zip(optimizer.param_groups, own, strict=True):
-        group.update(values)
 
 
 class BuffersBefore:

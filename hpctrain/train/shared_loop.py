@@ -98,7 +98,7 @@ class ChildTrainer(Trainer):
     speaks = False
     _losses: Sequence[float] = ()
     """Of the steps of the present round."""
-    _validation: Mapping[str, float] = {}
+    _found: Mapping[str, float] = {}
     """Figures of the evaluation at its beginning."""
     _has_played = False
 
@@ -128,15 +128,15 @@ class ChildTrainer(Trainer):
             self.step_number = begin
             self.recording.figures.reported_at = self.step_number
             self._losses = []
-            self._validation = self.evaluate() if turn.values["evaluates"] else {}
+            self._found = self.evaluate() if turn.values["evaluates"] else {}
         self._has_played = True
         while self.step_number < end and not self._stops:
             self.step()
             self._is_told_to_stop()
         self._report()
         turn.figures["loss"] = float(np.mean(self._losses)) if self._losses else math.nan
-        if self._validation:
-            turn.figures["validation"] = self._validation
+        if self._found:
+            turn.figures["validation"] = self._found
         turn.is_cut = self.step_number < end
         if turn.values["saves"] and not turn.is_cut:
             self.save()
@@ -163,13 +163,13 @@ class ChildTrainer(Trainer):
         return sums
 
     def _own_state(self) -> dict[str, Any]:
-        told = {"losses": list(self._losses), "validation": self._validation}
+        told = {"losses": list(self._losses), "validation": self._found}
         return super()._own_state() | {"round": told}
 
     def _resume_exchange(self, state: Mapping[str, Any], ranks: int) -> None:
         super()._resume_exchange(state, ranks)
         if told := (state["own"] or {}).get("round"):
-            self._losses, self._validation = told["losses"], told["validation"]
+            self._losses, self._found = told["losses"], told["validation"]
 
 
 class SharedTrainer:
@@ -377,7 +377,8 @@ class SharedTrainer:
         if not losses:
             return {}
         figures = {"loss": sum(losses) / len(losses), **found}
-        self.recording.evaluation(step, figures)
+        if not self.recording.has_evaluation(step):  # of a launch that ended in that round
+            self.recording.evaluation(step, figures)
         return figures
 
     def _save(self) -> None:

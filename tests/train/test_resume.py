@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from hpctrain.train.resume import BuffersBefore, load_gathered
+from hpctrain.grad.replicas import load_gathered
+from hpctrain.train.resume import BuffersBefore
 
 
 def test_buffers_are_put_back_as_they_were_before_the_step_that_does_not_count() -> None:

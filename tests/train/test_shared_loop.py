@@ -213,7 +213,7 @@ def test_others_go_on_without_a_group_that_lost_a_rank(job: Launch, world: World
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(12))
 def test_ranks_killed_at_random_points(
-    job: Launch, undisturbed: list[dict[str, torch.Tensor]], seed: int
+    job: Launch, undisturbed: list[dict[str, torch.Tensor]], undisturbed_run: Path, seed: int
 ) -> None:
     """A child or the root, by another process, again and again until a launch is let be."""
     draw = random.Random(seed)
@@ -234,6 +234,7 @@ def test_ranks_killed_at_random_points(
         _, err = process.communicate()
         assert process.returncode not in (2, 75), err
     assert_ends_undisturbed(job, undisturbed, job(3, *RUN))
+    assert recorded(job.folder / "run") == recorded(undisturbed_run)
 
 
 @pytest.mark.slow

@@ -260,16 +260,17 @@ class LateGradients:
     ) -> None:
         """One step of the optimizer on a gradient; gradients of parameters are as before then."""
         kept = [p.grad for p in self._parameters]
-        groups = self._optimizer.param_groups
-        now = [_settings(group) for group in groups]
+        groups = self._optimizer.param_groups if settings else []
+        own, now = [dict(group) for group in groups], [_settings(group) for group in groups]
         for place, p in enumerate(self._parameters):
             p.grad = _as_gradient(gradient.views[place], p) if used[place] else None
-        for group, values in zip(groups, settings or now, strict=True):
+        for group, values in zip(groups, settings or (), strict=True):
             _set(group, values)
         taken = [p.grad for p in self._parameters if p.grad is not None]
         if self._check(taken, is_shared):
             self._optimizer.step()
-        for group, values in zip(groups, now, strict=True):
+        for group, held, values in zip(groups, own, now, strict=True):
+            group.update(held)
             _set(group, values)
         for p, before in zip(self._parameters, kept, strict=True):
             p.grad = before
@@ -308,7 +309,8 @@ def _settings(group: dict[str, Any]) -> dict[str, Any]:
 def _set(group: dict[str, Any], values: dict[str, Any]) -> None:
     """Set it to that; tensors stay the same ones, which schedulers write to."""
     for name, value in values.items():
-        if isinstance(value, torch.Tensor):
-            group[name].copy_(value)
+        held = group.get(name)
+        if isinstance(value, torch.Tensor) and isinstance(held, torch.Tensor):
+            held.copy_(value)
         else:
             group[name] = value

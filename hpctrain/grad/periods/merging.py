@@ -18,7 +18,7 @@ from hpctrain.grad.periods.method import Method
 ADAM_DECAY = 0.99
 ADAM_FLOOR = 1e-3
 """As FedAdam's (Reddi et al., ICLR 2021), which has no bias correction: the mean of squares begins
-with that of the floor.
+at the square of the floor.
 
 Sums and products are taken one by one here: fused, their bits would depend on the processor."""
 

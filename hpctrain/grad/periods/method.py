@@ -107,8 +107,8 @@ PRESETS = {
 - dc_sgd: DC-ASGD's correction of a late gradient (Zheng et al., ICML 2017), of the mean over ranks.
 - local: local SGD (Stich, ICLR 2019): parameters are averaged once a period.
 - overlap_local: Overlap-Local-SGD (Wang, Liang, Joshi, ICASSP 2020), pullback 0.6, momentum 0.7.
-- co2: CO2 (Sun et al., ICLR 2024); its penalty for the staleness gap, in its authors' code a
-  constant that the change is divided by, and 1 unless set, is what outer_rate does.
+- co2: CO2 (Sun et al., ICLR 2024). Its authors' code divides the change by a constant L, 1 unless
+  set, for the staleness gap: outer_rate = 1 / L with an outer_clip that is L times as large.
 - diloco: DiLoCo (Douillard et al., 2023).
 - eager_diloco: eager updates (Kale et al., 2025).
 - streaming_diloco: Streaming DiLoCo (Douillard et al., 2025); with wire = "int8" or "int4".

@@ -2,8 +2,8 @@
 
 Free of MPI and of clocks: whoever drives it tells what came and what time it is, and sends what it
 gives. A round is over when all of its children have answered, or, once there is a quorum, when
-the time of grace is. Whoever answers later joins the next round that begins, which waits for it:
-else the answers of a child that is always slower than the others would never count.
+the time of grace is. Whoever answers later joins the next round that begins, which waits for it
+twice as long as it took: else the answers of a child that is always slower would never count.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from hpctrain.grad.shared.config import SharedConfig
 from hpctrain.grad.shared.packets import Kind, Packet
 from hpctrain.grad.shared.rules import Server
 
+OWED_TURNS = 2.0
+"""How long a round waits for one that was late, in the time that its last turn took."""
+
 Send = Callable[[int, Packet], object]
 """To a child, by its number."""
 Say = Callable[[str], object]
@@ -33,9 +36,10 @@ class Child:
         samples: of its training data; 0 until it has confirmed.
         gone: why it takes no part any more, if so.
         works_on: the round that it was last sent, or -1.
-        is_busy: whether it has not answered that yet.
-        is_owed: whether its last answer came too late, so that the next one is waited for.
         spoilt: whether its answer to that cannot be used.
+        is_busy: whether it has not answered that yet.
+        sent_s: when that was sent.
+        owed_s: how long from then on it is waited for, since its answer before came too late.
         heard_s: when it last gave a sign of life.
     """
 
@@ -43,9 +47,10 @@ class Child:
     samples: int = 0
     gone: str = ""
     works_on: int = -1
-    is_busy: bool = False
-    is_owed: bool = False
     spoilt: bool = False
+    is_busy: bool = False
+    sent_s: float = 0.0
+    owed_s: float = 0.0
     heard_s: float = 0.0
     figures: dict[str, Any] = field(default_factory=dict)
     """What it last told of itself."""
@@ -99,6 +104,7 @@ class Rounds:
         self._deadline_s = deadline_s
         self.is_told_to_stop = False
         self.is_ending = False
+        self._now_s = 0.0
         self._rows: dict[int, torch.Tensor] = {}
         self._enough_s: float | None = None
         """Since when there is a quorum."""
@@ -122,6 +128,7 @@ class Rounds:
 
     def may_begin(self, now_s: float) -> bool:
         """Whether a round may begin: all have confirmed, or enough of them long enough ago."""
+        self._now_s = now_s
         children = [self.children[number] for number in self.present]
         expected = sum(child.is_expected or child.samples > 0 for child in children)
         return self._is_enough(len(self.confirmed), expected, now_s)
@@ -151,16 +158,16 @@ class Rounds:
         return [number for number in free if children[number].works_on != self.number]
 
     def _train(self, number: int) -> None:
-        self.children[number].works_on = self.number
-        self.children[number].is_busy = True
-        self.children[number].spoilt = False
+        child = self.children[number]
+        child.works_on, child.sent_s = self.number, self._now_s
+        child.is_busy, child.spoilt = True, False
         values = {"round": self.number, **self._values}
         self._send(number, Packet(Kind.TRAIN, values, self.server.target))
 
     def came(self, number: int, packet: Packet, now_s: float) -> None:
         """A packet of a child is there."""
         child = self.children[number]
-        child.heard_s = now_s
+        child.heard_s = self._now_s = now_s
         if child.gone:
             return
         if packet.kind is Kind.CONFIRM:
@@ -179,9 +186,10 @@ class Rounds:
         child, its = self.children[number], int(packet.values["round"])
         is_late = its != self.number or not self.is_open
         if its == child.works_on:
-            child.is_busy, child.is_owed = False, is_late
+            child.is_busy = False
+            child.owed_s = OWED_TURNS * (self._now_s - child.sent_s) if is_late else 0.0
         if is_late:
-            self._say(f"{child.name} answers round {its} too late, and joins the next one")
+            self._say(f"{child.name} answers round {its} too late")
             return
         row = packet.body
         if row is None or row.shape != self.server.target.shape:
@@ -203,16 +211,17 @@ class Rounds:
             self._say(f"{child.name} is left out: {reason}")
 
     def look(self, now_s: float) -> None:
-        """Leave out those that have been silent for too long.
+        """Leave out those that have been silent for too long, and take in those that are needed.
 
         Raises:
             TrainingError: too few are left for the rule to mean anything.
         """
+        self._now_s = now_s
         for number, child in enumerate(self.children):
             if now_s - child.heard_s > self._deadline_s and not child.is_done:
                 self.leave_out(number, f"no sign of life for {self._deadline_s:g} s")
-        if self.is_open and len(self._awaited) < self._fewest:
-            for number in self._idle:  # the round cannot do without them
+        if self.is_open and not self.is_ending and len(self._awaited) < self._fewest:
+            for number in self._idle:
                 self._train(number)
         left, fewest = len(self._hopes), self._fewest
         if left < fewest and not self.is_over and not self.is_ending:
@@ -239,8 +248,8 @@ class Rounds:
         """Whether the present round has all answers that it waits for."""
         awaited = self._awaited
         is_enough = self._is_enough(len(self._rows), len(awaited), now_s)
-        missing = [number for number in awaited if number not in self._rows]
-        return is_enough and not any(self.children[number].is_owed for number in missing)
+        missing = [self.children[number] for number in awaited if number not in self._rows]
+        return is_enough and not any(now_s - child.sent_s < child.owed_s for child in missing)
 
     @property
     def _awaited(self) -> list[int]:

@@ -18,7 +18,7 @@ SERVERS = ("sgd", "adam")
 MOMENT_DECAY = 0.99
 FLOOR = 1e-3
 ADAM_RATE, ADAM_MOMENTUM = 1e-2, 0.9
-"""What is not set with server = "adam"; the mean of squares begins with that of FLOOR."""
+"""What is not set with server = "adam"; the mean of squares begins at the square of FLOOR."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,5 +198,5 @@ class Server:
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Go on from there."""
         self.target = state["target"].clone()
-        self._momentum.copy_(state["momentum"])
-        self._squares.copy_(state["squares"])
+        self._momentum.copy_(state["momentum"][: self._trained])
+        self._squares.copy_(state["squares"][: self._trained])

@@ -79,7 +79,7 @@ def test_gradients_that_are_lent_have_the_same_bits(world: World, name: str) -> 
     """Those of workers to the root, and its sums to them; more steps than an arena has room for."""
     run = Run(world, make(name), root="working", copies=world.size)
     run.to(3 * ROUNDS)
-    assert lenders_of(run) <= {*range(world.size)}  # of who is behind, others may do the work
+    assert (run.coded._desk._lending is not None) == (world.size > 1)
 
 
 @pytest.mark.usefixtures("lends_also_what_is_small")

@@ -289,14 +289,17 @@ def test_rate_that_is_a_tensor(world: World, preset: str) -> None:
 def test_optimizer_that_has_gathered_alone(world: World) -> None:
     """Where steps are on the gradient of all ranks, they are with the state of rank 0."""
     module = net()
-    optimizer = torch.optim.AdamW(module.parameters(), lr=0.01)
+    rate = torch.tensor(0.01)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=rate)
     for iteration in range(4):
         optimizer.zero_grad()
         loss_of(module, world.rank, iteration).backward()
         optimizer.step()
     config = PeriodsConfig(preset="od_sgd")
     periods = Periods(module, optimizer, config, exchange=ORDERED, world=world)
+    assert optimizer.param_groups[0]["lr"] is rate
     go_on(periods, world.rank, 4)
+    assert optimizer.param_groups[0]["lr"] is rate
     periods.finish()
     for other in all_gather(engine_of(world).control, parameters(module)):
         assert_same(other, parameters(module))
