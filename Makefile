@@ -10,6 +10,8 @@ NP ?= $(shell $(PYTHON) -c "import os; print(max(2, len(os.sched_getaffinity(0))
 # Numbers of ranks that tests run on, with Open MPI and with MPICH.
 TEST_RANKS ?= 2 3 4
 TEST_RANKS_MPICH ?= $(TEST_RANKS)
+# Which of these tests run with MPICH.
+TEST_PATHS_MPICH ?= tests
 # How many tests run at a time that mpiexec does not start: in one process, or starting programs.
 AT_ONCE ?= -n 2
 PIP = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
@@ -61,7 +63,7 @@ test-mpich: $(VENV_MPICH)/.test
 	$(VENV_MPICH)/bin/python -m pytest $(AT_ONCE) -m "launch and not slow and not any_mpi and not alone"
 	$(VENV_MPICH)/bin/python -m pytest -m "alone and not slow and not any_mpi"
 	for n in $(TEST_RANKS_MPICH); do \
-	  $(VENV_MPICH)/bin/mpiexec -n $$n $(VENV_MPICH)/bin/python -m pytest --quiet --with-mpi -m "mpi and not slow" || exit 1; \
+	  $(VENV_MPICH)/bin/mpiexec -n $$n $(VENV_MPICH)/bin/python -m pytest --quiet --with-mpi -m "mpi and not slow" $(TEST_PATHS_MPICH) || exit 1; \
 	done
 	for n in 1 5 6; do \
 	  $(VENV_MPICH)/bin/mpiexec -n $$n $(VENV_MPICH)/bin/python -m pytest --quiet --with-mpi tests/comm/test_reduce.py || exit 1; \

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from hpctrain.world import World, join, launched_size
 
@@ -42,6 +43,8 @@ STDERR = pytest.StashKey[int]()
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[STDERR] = os.dup(2)
+    if "PYTEST_XDIST_WORKER" in os.environ:  # as many run as there are cores
+        torch.set_num_threads(1)
     if RANKS > 1 and join().rank > 0:
         # One rank reports for all; what the others print would be mixed into it.
         reporter = config.pluginmanager.get_plugin("terminalreporter")
