@@ -302,6 +302,8 @@ class SharedTrainer:
 
     def _lead(self) -> dict[str, float]:
         train, every = self.settings.train, self.settings.checkpoint.every
+        if self._rounds.is_over:  # an earlier launch was ended between the last round and the end
+            self.shared.gather(unless=self._is_told_to_stop)
         while not self._rounds.is_over:
             begun_s, begin = now_s(), self.step_number
             end = min(train.steps, begin + self.settings.shared.round_steps)

@@ -177,7 +177,7 @@ def recorded(run: Path) -> list[tuple[int, dict[str, float]]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     found = [(line["step"], line.get("validation", line)) for line in lines]
     losses = [(step, {k: v for k, v in of.items() if "loss" in k}) for step, of in found]
-    return [(step, of) for step, of in losses if of]
+    return sorted(((step, of) for step, of in losses if of), key=lambda pair: (pair[0], str(pair)))
 
 
 @pytest.mark.slow
@@ -234,6 +234,23 @@ def test_ranks_killed_at_random_points(
         _, err = process.communicate()
         assert process.returncode not in (2, 75), err
     assert_ends_undisturbed(job, undisturbed, job(3, *RUN))
+    assert recorded(job.folder / "run") == recorded(undisturbed_run)
+
+
+@pytest.mark.slow
+def test_run_that_was_ended_after_its_last_round_is_evaluated(
+    job: Launch, undisturbed_run: Path
+) -> None:
+    shutil.copytree(undisturbed_run, job.folder / "run")
+    metrics = job.folder / "run" / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True)
+    is_last = [json.loads(line)["step"] == 30 and "validation" in line for line in lines]
+    assert sum(is_last) == 1
+    facts = job.folder / "run" / "run.json"
+    facts.write_text(facts.read_text().replace('"finished": true', '"finished": false'))
+    metrics.write_text("".join(line for line, last in zip(lines, is_last, strict=True) if not last))
+    ended = job(3, *RUN)
+    assert ended.status == 0, ended.err
     assert recorded(job.folder / "run") == recorded(undisturbed_run)
 
 

@@ -151,6 +151,11 @@ class Shared:
         self._flat.scatter(shared_tensors(self._encoder))
         return True
 
+    def gather(self, unless: Callable[[], bool] = lambda: False) -> None:
+        """On the root: wait for all children that are there to confirm, as before a first round."""
+        rounds = self.rounds
+        self._attend(lambda _: rounds.confirmed == rounds.present or unless())
+
     def end(self, **values: Any) -> None:
         """On the root: tell the children that all is done, and wait for their last words."""
         self.rounds.end(**values)
