@@ -99,6 +99,16 @@ def finish(trainer: Trainer) -> dict[str, Any]:
     return found
 
 
+def left_at(trainer: Trainer, step: int) -> None:
+    """Train so far, save, and leave the rest for another."""
+    while trainer.step_number < step:
+        trainer.step()
+    trainer.save()
+    trainer.finish_saving()
+    trainer.recording.abandon()
+    barrier_on(trainer.control)
+
+
 def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
     assert found.keys() == expected.keys()
     for name, value in found.items():
@@ -133,13 +143,7 @@ def test_resumed_run_ends_with_the_bits_of_one_that_was_not_interrupted(
 ) -> None:
     """Also with an evaluation in between, for which parameters are put aside."""
     expected = finish(make("undisturbed", preset))
-    first = make("run", preset)
-    while first.step_number < 13:
-        first.step()
-    first.save()
-    first.finish_saving()
-    first.recording.abandon()
-    barrier_on(first.control)
+    left_at(make("run", preset), 13)
     second = make("run", preset)
     assert second.step_number == 13
     assert_same(finish(second), expected)
@@ -150,11 +154,7 @@ def test_checkpoint_of_the_other_mode_goes_on(
     make: Make, before: str, after: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     first = make("run", before)
-    while first.step_number < 13:
-        first.step()
-    first.save()
-    first.finish_saving()
-    first.recording.abandon()
+    left_at(first, 13)
     saved = parameters(first.run_folder.path)
     barrier_on(first.control)
     second = make("run", after)
@@ -169,12 +169,7 @@ def test_checkpoint_of_the_other_mode_goes_on(
 @pytest.mark.parametrize("preset", ["od_sgd", "diloco"])
 def test_resumed_run_takes_the_rate_that_the_job_has_now(make: Make, preset: str) -> None:
     first = make("run", preset)
-    for _ in range(9):
-        first.step()
-    first.save()
-    first.finish_saving()
-    first.recording.abandon()
-    barrier_on(first.control)
+    left_at(first, 9)
     second = make("run", preset, lr=0.02)
     first.step()
     second.step()

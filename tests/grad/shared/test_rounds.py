@@ -222,7 +222,8 @@ def test_who_is_owed_a_round_is_waited_for_twice_as_long_as_it_took() -> None:
     assert "round 1 is made without child 2" in play.said[-1]
 
 
-def test_nobody_is_sent_a_round_once_the_run_is_ending() -> None:
+def without_the_third() -> Play:
+    """The second of two rounds is open, and child 2 still works on the first."""
     play = Play(quorum=2, grace_s=0.0)
     play.confirm(0, 1, 2)
     play.rounds.begin()
@@ -230,6 +231,11 @@ def test_nobody_is_sent_a_round_once_the_run_is_ending() -> None:
         play.answer(child, 1.0)
     play.rounds.combine()
     play.rounds.begin()
+    return play
+
+
+def test_nobody_is_sent_a_round_once_the_run_is_ending() -> None:
+    play = without_the_third()
     play.answer(2, 1.0, number=0)
     play.rounds.end(stops=True)
     play.came(1, Packet(Kind.REFUSE, {"reason": "its disk is full"}))
@@ -238,13 +244,7 @@ def test_nobody_is_sent_a_round_once_the_run_is_ending() -> None:
 
 
 def test_a_round_that_lacks_children_takes_those_that_were_late() -> None:
-    play = Play(quorum=2, grace_s=0.0)
-    play.confirm(0, 1, 2)
-    play.rounds.begin()
-    for child in (0, 1):
-        play.answer(child, 1.0)
-    play.rounds.combine()
-    play.rounds.begin()
+    play = without_the_third()
     assert play.sent_to(Kind.TRAIN)[3:] == [0, 1]
     play.rounds.leave_out(1, "it is dead")
     play.answer(0, 1.0)
